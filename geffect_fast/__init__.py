@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast import threads
 
-threads.prepare()  # before torch is loaded, as the next lines do
+threads.prepare()  # must run before torch is loaded, which the next lines do
 
 if TYPE_CHECKING or not threads.is_command():  # a command loads what it needs: --help no torch
     from geffect_fast import data, objectives, ops
@@ -62,7 +62,7 @@ __all__ = [
     "write_weighted",
 ]
 
-# What needs more than torch and numpy is imported when it is first asked for.
+# Names whose modules need more than torch and numpy are imported at their first use.
 _LAZY = {
     "against_effects": ("geffect_fast.measure.against_effects", "against_effects"),
     "capture": ("geffect_fast.capture", "capture"),

@@ -1,6 +1,6 @@
-"""Arguments of Python, fields of YAML and options of commands made into settings.
+"""Settings made of arguments of Python, fields of YAML and options of commands.
 
-Whatever is wrong with them is said in one line, with the nearest name that there is.
+An error says in one line what is wrong, with the nearest known name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kind = TypeVar("Kind", bound=Settings)
 def make_config(
     values: dict[Any, Any], where: str = "", options: Mapping[str, str] | None = None
 ) -> ProfileConfig:
-    """A profile's or sweep's config from plain values, as `checked_config`."""
+    """The config of a profile or sweep from plain values, as `checked_config` makes it."""
     return checked_config(ProfileConfig, values, where, options)
 
 
@@ -37,11 +37,11 @@ def checked_config(
     """Settings from plain values.
 
     Args:
-        kind: which settings.
+        kind: the class of the settings.
         values: field name to value.
-        where: what the error calls the place they come from, such as a file name.
-        options: fields that come from options of the command line in its stead, and what these are
-            called.
+        where: the place that the values come from, for the error, such as a file name.
+        options: fields that come from options of the command line instead, with the names of these
+            options.
 
     Raises:
         InputError: one line with the place, the field, what is wrong and the nearest field name.
@@ -59,12 +59,12 @@ def checked_config(
 def with_settings(kind: type[Settings], **defaults: Any) -> Callable[[Function], Function]:
     """Show the fields of `kind` in the signature and the docstring of a function.
 
-    The function takes them as `**settings`, as they are given, and its docstring has a line
+    The function takes the fields that are given as `**settings`. Its docstring must have a line
     `settings:` among its arguments.
 
     Args:
-        kind: which settings.
-        defaults: where the function's differ from the fields'.
+        kind: the class of the settings.
+        defaults: defaults of the function that differ from those of the fields.
     """
 
     def decorate(function: Function) -> Function:
@@ -102,7 +102,7 @@ def _one_line(
 ) -> str:
     """The first problem of a validation error: place, field, problem, remedy."""
     problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    if not problem["loc"]:  # of several fields; the message begins with the one to change
+    if not problem["loc"]:  # a problem of several fields; the message begins with the one to change
         field, _, said = str(problem["ctx"]["error"]).partition(": ")
         place = f"{where}: " if where and field not in options else ""
         return f"{place}{options.get(field, field)}: {said}"

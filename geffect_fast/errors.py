@@ -1,7 +1,7 @@
 """The errors a user can meet; each carries one line that names the culprit and the remedy.
 
-Names of files and other text of anyone's may hold anything: what is no plain character of a line is
-escaped in it.
+File names and other text from outside may hold any characters. Characters that are not plain parts
+of a line are escaped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ class GEffectError(Exception):
     """Base of every error raised on purpose; `exit_code` is what the command line returns.
 
     Attributes:
-        told: whether another rank, which prints, raises it too; see `geffect_fast.ranks`.
+        told: whether another rank, which prints, raises the error too; see `geffect_fast.ranks`.
     """
 
     exit_code = 1
@@ -70,11 +70,11 @@ class GEffectWarning(UserWarning):
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of anybody's says, in one short line."""
+    """The message of any error, in one short line."""
     text, kind = in_one_line(getattr(error, "strerror", None) or error), type(error).__name__
     return text if isinstance(error, OSError | GEffectError) or text == kind else f"{kind}: {text}"
 
 
 def in_one_line(error: object, longest: int = 160) -> str:
-    """What another package's error says, on one line and cut; its kind where it says nothing."""
+    """The message of another package's error, in one line and cut; its class if it has none."""
     return " ".join(str(error).split())[:longest] or type(error).__name__

@@ -1,8 +1,8 @@
 """Per-sample gradient products and norms for other packages' training loops.
 
-All of them take a `loss_fn(model, batch)` that returns one loss a sample, run one forward and one
-backward, and leave the model and its gradients alone. None but `fisher_diagonal` forms a weight
-gradient of a single sample.
+Functions of samples take a `loss_fn(model, batch)` that returns one loss for each sample, run one
+forward and one backward, and leave the model and its gradients alone. Only `fisher_diagonal`, and
+the rule for modules of unknown kinds, form a weight gradient of a single sample.
 The first call for a model, a loss function and a structure of calls runs one backward more, which
 shows that rows belong to the samples they are counted for (`geffect_fast.capture.attribution`).
 """
@@ -59,7 +59,8 @@ def grad_inner_products(
     Args:
         grads_a, grads_b: same-shaped tensors, as sequences or as mappings by parameter name.
         groups: the group of each tensor (a mapping by name for mappings): integers `0..n-1`, or any
-            labels, which count in the order they first appear; None: each tensor its own group.
+            labels, which count in the order they first appear; None: each tensor is a group of its
+            own.
 
     Returns:
         `(n_groups,)` fp32 (fp64 for fp64 gradients).
@@ -101,20 +102,22 @@ def per_sample_grad_norms(
         out[i] = || grad loss_i ||
 
     Args:
-        model: in eval mode; frozen parameters are left out.
+        model: the model, in eval mode; frozen parameters are left out.
         loss_fn: `loss_fn(model, batch)` runs the model and returns `(n_samples,)` losses, each of
             which depends on its own sample only.
-        batch: whatever `loss_fn` takes. Its first tensor's (`input_ids` of a mapping) first axis is
-            the sample axis, unless it is a mapping with `cu_seqlens`, `(n_samples + 1,)` offsets
-            of samples packed into one row.
-        per_parameter: norms by parameter name instead of one for the whole gradient.
+        batch: whatever `loss_fn` takes. The first axis of its first tensor (of `input_ids` in a
+            mapping) is the sample axis, unless the batch is a mapping with `cu_seqlens`,
+            `(n_samples + 1,)` offsets of samples packed into one row.
+        per_parameter: whether to give norms by parameter name, instead of one for the whole
+            gradient.
 
     Returns:
-        `(n_samples,)` fp64, or a dict of them.
+        `(n_samples,)` fp64, or a dict of such tensors.
 
     Raises:
-        InputError: losses that are not one a sample, active dropout, nothing trainable.
-        UnsupportedModelError: a module whose rows cannot be told apart by sample; it is named.
+        InputError: `loss_fn` does not return one loss for each sample, dropout is active, or
+            nothing is trainable.
+        UnsupportedModelError: rows of a module cannot be told apart by sample; the module is named.
 
     Source: the ghost norm (arXiv 1510.01799; 2110.05679), cross terms of shared parameters added.
 
@@ -133,7 +136,7 @@ def norms_of_rows(
 ) -> Tensor | dict[str, Tensor]:
     """`per_sample_grad_norms` of a plan's model, which ranks may share out.
 
-    Each rank gives a batch of its own then, and all of them as many.
+    Each rank gives batches of its own then, and all ranks give equally many.
     """
     found: dict[str, Tensor] = {}
 
@@ -164,14 +167,15 @@ def per_sample_inner_products(
         model, loss_fn, batch: as for `per_sample_grad_norms`.
         direction: tensors by parameter name, shaped like the parameters, or `(M, *shape)` for M
             directions at once; a trainable parameter that is missing counts as zero.
-        per_parameter: products by parameter name instead of their sum.
+        per_parameter: whether to give products by parameter name, instead of their sum.
 
     Returns:
-        `(n_samples,)` fp64, `(M, n_samples)` for M directions, or a dict of them.
+        `(n_samples,)` fp64, `(M, n_samples)` for M directions, or a dict of such tensors.
 
     Raises:
-        InputError: as above; a name that is no trainable parameter; a shape that does not fit.
-        UnsupportedModelError: as above.
+        InputError: as `per_sample_grad_norms`; a name is no trainable parameter, or a shape does
+            not fit.
+        UnsupportedModelError: as `per_sample_grad_norms`.
 
     Examples:
         >>> direction = {name: p.grad for name, p in model.named_parameters()}
@@ -199,16 +203,16 @@ def pairwise_inner_products(
 
     Args:
         model, loss_fn: as for `per_sample_grad_norms`.
-        batch_a, batch_b: as its `batch`. The same object twice is run once, and half of the
-            symmetric result is computed.
-        per_parameter: products by parameter name instead of their sum.
+        batch_a, batch_b: as `batch` of `per_sample_grad_norms`. If both are the same object, it
+            runs once, and half of the symmetric result is computed.
+        per_parameter: whether to give products by parameter name, instead of their sum.
 
     Returns:
-        `(n_a, n_b)` fp64, or a dict of them.
+        `(n_a, n_b)` fp64, or a dict of such tensors.
 
     Raises:
         InputError: as `per_sample_grad_norms`.
-        UnsupportedModelError: likewise.
+        UnsupportedModelError: as `per_sample_grad_norms`.
 
     Examples:
         >>> gf.functional.pairwise_inner_products(model, loss_fn, forget_batch, retain_batch)
@@ -221,7 +225,7 @@ def products_of_pairs(
 ) -> Tensor | dict[str, Tensor]:
     """`pairwise_inner_products` of a plan's model, which ranks may share out.
 
-    All of them give the same batches then.
+    All ranks give the same batches then.
     """
     kept: dict[str, list[Factor]] = {}
     found: dict[str, Tensor] = {}
@@ -234,7 +238,7 @@ def products_of_pairs(
         if other is not None:
             found[name] = pairwise(other, factors, plan.parameters[name].shape)
 
-    # What the first batch leaves is kept; the second batch's is used as it arrives.
+    # The first batch's factors are kept; the second batch's are used as they arrive.
     n_a = None if batch_a is batch_b else len(_run(plan, loss_fn, batch_a, keep, _JOINED))
     losses = _run(plan, loss_fn, batch_b, multiply, _JOINED)
     zeros = losses.new_zeros(len(losses) if n_a is None else n_a, len(losses))
@@ -246,16 +250,17 @@ def fisher_diagonal(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, 
 
         out[p] = sum_i (grad_p loss_i)^2, entry by entry
 
-    Batches add up. Not the square of the batch's gradient, in which samples cancel. Of one
-    parameter at a time one sample's gradient is formed; `geffect_fast.profile(conflicts=True)` has
-    the sums over parameters alone, `fisher_trace`, and forms none.
+    Results of several batches add up. The diagonal is not the square of the batch's gradient, in
+    which samples cancel. The gradient of one sample with respect to one parameter is formed at a
+    time. `geffect_fast.profile(conflicts=True)` forms none, but gives only the sums over
+    parameters, `fisher_trace`.
 
     Args:
         model, loss_fn, batch: as for `per_sample_grad_norms`.
 
     Returns:
-        By parameter name, of the parameter's shape, fp32 (fp64 for fp64 models); zeros where no
-        loss depends on it.
+        Tensors by parameter name, of the parameter's shape, fp32 (fp64 for fp64 models); zeros
+        where no loss depends on the parameter.
 
     Raises:
         InputError, UnsupportedModelError: as `per_sample_grad_norms`.
@@ -283,7 +288,7 @@ def norms_and_products(
 ) -> tuple[Tensor | dict[str, Tensor], Tensor | dict[str, Tensor]]:
     """`norms_of_rows` and `products_of_pairs` of a batch with itself, by parameter.
 
-    From one backward; arguments and errors are those of these two.
+    Both come from one backward. Arguments and errors are those of the two functions.
     """
     squares: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
@@ -309,19 +314,19 @@ def _run(
     sink: Sink,
     recording: Recording = Recording(one_backward=True),  # noqa: B008  frozen
 ) -> Tensor:
-    """Record one forward and backward; the losses `(n_samples,)`, detached."""
+    """Record one forward and backward; return the losses `(n_samples,)`, detached."""
     with ieee_fp32():
         return record_rows(plan, loss_fn, batch, _sample_axis(batch), sink, recording)
 
 
 @contextmanager
 def _by_input(sink: Sink, together: Callable[[str, list[OfLinear]], None]) -> Iterator[Sink]:
-    """A sink for `sink`, and for `together` where linear layers were called with one input.
+    """A sink that passes linear layers with one input to `together`, everything else to `sink`.
 
-    The gradients of layers of one input `a` are `[g; h] a^T`, rows below rows, so that norms of
-    whole gradients need the Gram matrix of `a` once for all of them: a fifth less work in blocks
-    that project queries, keys and values from one input. They go under the name of the first.
-    (All pairs take the gradients' own form more often, and gain nothing.)
+    The gradients of layers with one input `a` are `[g; h] a^T`, rows below rows. So norms of whole
+    gradients need the Gram matrix of `a` once for all these layers, a fifth less work in blocks
+    that project queries, keys and values from one input. The layers go under the name of the first.
+    (Products of all pairs take the gradients' own form more often, and would gain nothing.)
     """
     waiting: dict[str, OfLinear] = {}
 
@@ -332,7 +337,7 @@ def _by_input(sink: Sink, together: Callable[[str, list[OfLinear]], None]) -> It
             together(name, outers)
 
     def joined(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
-        # In a backward, what shares an input arrives in a row.
+        # In a backward, layers that share an input arrive one after the other.
         if len(factors) > 1 or not isinstance(factors[0], OfLinear):
             return sink(name, factors, kept)
         if waiting and not _same_input(next(iter(waiting.values())), factors[0]):
@@ -344,11 +349,11 @@ def _by_input(sink: Sink, together: Callable[[str, list[OfLinear]], None]) -> It
 
 
 def _same_input(x: OfLinear, y: OfLinear) -> bool:
-    """Whether two layers saw the same rows: one memory, which `x` keeps from being used anew."""
+    """Whether two layers had one input: the same memory, which `x` keeps from being used anew."""
     if isinstance(x, GramOuter) or isinstance(y, GramOuter):
         return isinstance(x, GramOuter) and isinstance(y, GramOuter) and x.grams is y.grams
     a, b = x.a, y.a
-    if a.data_ptr() != b.data_ptr():  # most, and the rest takes a while
+    if a.data_ptr() != b.data_ptr():  # the most common case; the rest takes a while
         return False
     same = (a.shape, a.stride(), a.dtype, x.g.dtype) == (b.shape, b.stride(), b.dtype, y.g.dtype)
     return same and x.cu == y.cu
@@ -369,7 +374,7 @@ def _sample_axis(batch: Any) -> Segments:
 
 
 def _stacked(plan: Plan, direction: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Directions as `(M, *shape)` in the dtype sums are taken in, and whether M was given."""
+    """Directions as `(M, *shape)` in the working precision, and whether an axis M was given."""
     if not isinstance(direction, Mapping):
         raise InputError(
             f"direction: got {type(direction).__name__}; give a dict of tensors by parameter name"
@@ -406,7 +411,7 @@ def _gathered(
     finish: Callable[[Tensor], Tensor] | None,
     per_parameter: bool,
 ) -> Tensor | dict[str, Tensor]:
-    """By parameter, zeros where a parameter took no part; or the sum over parameters."""
+    """Results by parameter, zeros for one that took no part; or their sum. `finish` comes last."""
     zeros = zeros.double()
     of = {name: found.get(name, zeros) for name in plan.parameters}
     done = finish or (lambda x: x)

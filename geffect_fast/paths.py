@@ -13,7 +13,7 @@ _NUMBER = re.compile(r".*[-_](\d+)")
 
 
 def user_path(path: str | Path) -> Path:
-    """A path with `~` written out; `~name` of nobody here stays, to be named by who looks there."""
+    """A path with `~` written out; `~name` of an unknown user stays, and later errors name it."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -21,7 +21,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file, folder or link, also one to nowhere; raises what else is wrong."""
+    """Whether a file, folder or link, even a broken one, is there; other errors are raised."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -30,9 +30,9 @@ def is_there(path: Path) -> bool:
 
 
 def short_names(sources: Sequence[str]) -> dict[str, str]:
-    """Folders or hub ids by as few of their last parts as tell them apart.
+    """Folders or hub ids by short names: as few of their last parts as tell them apart.
 
-    Parts that all of them end with are left out: `ga/model` and `npo/model` are `ga` and `npo`.
+    Parts that all sources end with are left out: `ga/model` and `npo/model` become `ga` and `npo`.
     """
     parts = [source.rstrip("/").split("/") for source in sources]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
@@ -50,11 +50,11 @@ def find_checkpoints(checkpoints: str | Path | Sequence[str | Path]) -> dict[int
     Args:
         checkpoints: patterns such as `out/checkpoint-*`, or folders. The number is the one that
             ends a folder's name, or else the `global_step` of its `trainer_state.json`. A pattern
-            passes by those that hold folders alone, as where evaluations are kept by step.
+            skips folders that hold nothing but folders, such as evaluations kept by step.
 
     Raises:
-        InputError: a pattern matches no folder, or such alone, a folder says no number, or two say
-            the same.
+        InputError: a pattern matches no folder, or only folders that are skipped; a folder has no
+            number, or two have the same.
     """
     given = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     found: dict[int, Path] = {}
@@ -89,11 +89,14 @@ def find_checkpoints(checkpoints: str | Path | Sequence[str | Path]) -> dict[int
 
 
 def _holds_folders_alone(folder: Path) -> bool:
-    """Whether there are folders in it and no file, and so no model: open-unlearning's evaluations
-    lie in `checkpoint-STEP/evals`, whether a checkpoint was saved there or not."""
+    """Whether a folder holds folders and no file, and so no model.
+
+    open-unlearning's evaluations lie in `checkpoint-STEP/evals`, whether a checkpoint was saved
+    there or not.
+    """
     try:
         held = [path.is_dir() for path in folder.iterdir()]
-    except OSError:  # who reads the checkpoint says so
+    except OSError:  # reading the checkpoint will raise the error
         return False
     return bool(held) and all(held)
 

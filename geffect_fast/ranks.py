@@ -1,11 +1,11 @@
 """The processes that measure one model together: ranks of a `torch.distributed` process group.
 
-Every rank calls the same function with the same arguments. Rows are dealt out; sums are added up
-over the ranks, and what is told apart by row is gathered, so that each holds the whole result. What
-ranks tell each other of rows, errors and decisions goes through a group of our own on the host;
-sums of gradients go where they lie, through the program's group.
+Every rank calls the same function with the same arguments. Rows are dealt out. Sums are added up
+over the ranks, and results by row are gathered, so that each rank holds the whole result. Messages
+about rows, errors and decisions go through a group of our own on the host, and so do sums of
+tensors on the CPU. Sums of tensors on GPUs go through the program's group.
 
-An error of one rank is told wherever ranks meet next, and ends the call on all of them.
+An error of one rank is told wherever ranks meet next, and ends the call on all ranks.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ class Ranks:
         world: the program's process group; None: this process is the only one.
 
     Attributes:
-        rank: of this process, from 0.
-        size: how many there are.
+        rank: number of this process, from 0.
+        size: number of processes.
     """
 
     def __init__(self, world: dist.ProcessGroup | None = None) -> None:
-        # torch ends the process with an abort where a group is still held at its exit.
+        # torch ends the process with an abort if a group is still held when the process exits.
         self._groups = [weakref.ref(world)] if world is not None else []
         self.rank, self.size = (0, 1) if world is None else (world.rank(), world.size())
         self._within = self._said = self._broken = self._exchanges = False
         self._n_exchanges = 0
         if world is not None:
             _wait_in_store(self.rank, self.size)
-            # Its own, so that nothing of the program's comes between. Who is killed is noticed at
-            # once, and who is slow is waited for.
+            # A group of our own, so that no message of the program's comes between. A rank that is
+            # killed is noticed at once, and a slow one is waited for.
             host = dist.new_group(backend="gloo", timeout=timedelta(days=7))
             self._groups.append(weakref.ref(host))
             self._name = self.first_of(uuid4().hex)
@@ -88,18 +88,20 @@ class Ranks:
 
     @property
     def backends(self) -> str:
-        """By what the program's group talks on each kind of device: `cpu:gloo,cuda:nccl`."""
+        """The backend of the program's group by kind of device, such as `cpu:gloo,cuda:nccl`."""
         return str(dist.get_backend_config(self._world)) if self._groups else "none"
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """A call that all ranks make: either all leave it well, or all by an error.
+        """Context of a call that all ranks make: all leave it well, or all leave it by an error.
+
+        Inside another such call it does nothing.
 
         Args:
-            what: the function, for messages; within another one it has no effect.
+            what: the function's name, for messages.
 
         Raises:
-            InputError: not all ranks came.
+            InputError: not all ranks came, or they call different functions.
             GEffectError: another rank failed; it is named, and its error's class is kept.
         """
         if self.size == 1 or self._within:
@@ -126,14 +128,16 @@ class Ranks:
 
     @contextmanager
     def in_step(self, exchange: bool) -> Iterator[None]:
-        """Work in which ranks wait for each other at every turn, where a meeting is no way to fail.
+        """Context of work in which ranks wait for each other at every turn.
 
-        It begins with a meeting. An error of one rank ends the process groups, and the others find
-        its line in their store when they fail in turn. One that all ranks raise alike, or that a
-        meeting within has told them, leaves the groups.
+        In such work a rank cannot tell its error at a meeting, as the others do not meet. The work
+        begins with a meeting. An error of one rank ends the process groups. The other ranks fail in
+        turn, and find the line of the first error in their store. An error that all ranks raise
+        alike, or that a meeting inside has told them, leaves the groups alive.
 
         Args:
-            exchange: whether they do; else, and within other such work, nothing is done.
+            exchange: whether ranks wait for each other. If not, or inside other such work, the
+                context does nothing.
         """
         if not exchange or self._exchanges:
             yield
@@ -151,10 +155,10 @@ class Ranks:
             self._exchanges = False
 
     def _break_off(self, error: Exception) -> None:
-        """Say why, wait whether all ranks fail alike, and end the group where they do not.
+        """Tell the error, wait whether all ranks fail alike, and end the groups if they do not.
 
         Raises:
-            GEffectError: another rank failed, and this one because of it.
+            GEffectError: another rank failed, and this one because of that.
         """
         self._said = True
         place = f"geffect_fast/{self._name}/{self._n_exchanges}"
@@ -182,35 +186,36 @@ class Ranks:
                 group.abort()
 
     def meet(self, own: T | None = None) -> list[T]:
-        """What every rank has brought, in their order.
+        """The values that all ranks bring, in the order of the ranks.
 
         Args:
-            own: of this rank; anything that pickles.
+            own: this rank's value; anything that pickles.
 
         Raises:
-            GEffectError: a rank failed; as of `together`.
+            GEffectError: a rank failed; as `together` raises it.
         """
         if self.size == 1:
             return [own]  # type: ignore[list-item]
         return self._brought(self._exchanged(None, own))
 
     def first_of(self, own: T) -> T:
-        """What rank 0 has brought."""
+        """The value that rank 0 brings."""
         return self.meet(own)[0]
 
     def united(self, own: Mapping[K, T]) -> dict[K, T]:
-        """What all ranks have brought under keys, of which each has its own."""
+        """The values that all ranks bring by key, where each rank has keys of its own."""
         return {key: value for told in self.meet(own) for key, value in told.items()}
 
     def dealt(self, every: Sequence[T], *, in_step: bool = False) -> tuple[list[T], int]:
-        """This rank's share of what all ranks know.
+        """This rank's items of a sequence that all ranks know.
 
         Args:
-            every: the same on all ranks.
-            in_step: whether each is to have as many; the first of all stands in where one is short.
+            every: the sequence, the same on all ranks.
+            in_step: whether all ranks get equally many items; the first item of all stands in where
+                a rank is short.
 
         Returns:
-            Its own, and how many of the last of them stand in.
+            This rank's items, and the number of items at their end that stand in.
         """
         own = list(every[self.rank :: self.size])
         missing = -(-len(every) // self.size) - len(own) if in_step else 0
@@ -223,7 +228,7 @@ class Ranks:
             tensors: contiguous, on any devices, of the same shapes and dtypes on all ranks.
 
         Raises:
-            GEffectError: a rank failed; as of `together`.
+            GEffectError: a rank failed; as `together` raises it.
         """
         if self.size == 1:
             return
@@ -231,7 +236,7 @@ class Ranks:
         for tensor in tensors:
             if tensor.nbytes < BUCKET:
                 small.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        # One that lacks memory says so where they meet, and not between sums.
+        # A rank that lacks memory fails here, where ranks meet, and not between sums.
         buckets = {kind: _bucket(alike) for kind, alike in small.items()}
         self.meet()
         for tensor in tensors:
@@ -247,13 +252,13 @@ class Ranks:
             self._add_up_together(together, buckets[kind])
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Refuse what differs between ranks.
+        """Refuse values that differ between ranks.
 
         Args:
-            values: by name; equal where they are meant to be.
+            values: values by name, which are meant to be equal on all ranks.
 
         Raises:
-            InputError: naming the first one and the rank, on all ranks.
+            InputError: a value differs; raised on all ranks, naming the first one and the rank.
         """
         told = self.meet(values)
         for name in told[0]:
@@ -268,20 +273,20 @@ class Ranks:
                     )
 
     def broadcast(self, source: int, own: Any = None) -> Any:
-        """What one rank, `source`, has brought."""
+        """The value that one rank, `source`, brings."""
         held = [own if source == self.rank else None]
         with _noticing():
             dist.broadcast_object_list(held, dist.get_global_rank(self._host, source), self._host)
         return held[0]
 
     def by_first(self, work: Callable[[], T]) -> T:
-        """What rank 0 finds, alone, while the others wait; an error of it is raised on all.
+        """The result of work that rank 0 does while others wait; its error is raised on all ranks.
 
         Args:
-            work: what it returns pickles.
+            work: returns something that pickles.
 
         Raises:
-            GEffectError: as of `together`.
+            GEffectError: rank 0 failed; as `together` raises it.
         """
         found = None
         if self.first:
@@ -295,7 +300,7 @@ class Ranks:
         return self.broadcast(0, found) if self.size > 1 else found  # type: ignore[return-value]
 
     def send(self, tensor: Tensor) -> None:
-        """Put in a tensor's place rank 0's, of the same shape and dtype; contiguous."""
+        """Replace a contiguous tensor by rank 0's, of the same shape and dtype, in place."""
         dist.broadcast(tensor, group=self._group_of(tensor), group_src=0)
 
     def check_serves(self, device: torch.device) -> None:
@@ -325,7 +330,7 @@ class Ranks:
 
     def _tell(self, error: Exception) -> None:
         """Tell the others, where they meet next, that this rank failed."""
-        with suppress(GEffectError):  # the others are gone; what is raised here is what happened
+        with suppress(GEffectError):  # if the others are gone, `error` is what is raised here
             self._exchanged(_described(error), None)
             self._said = True
             if isinstance(error, GEffectError):
@@ -341,7 +346,7 @@ class Ranks:
         for rank, (failed, _) in enumerate(told):
             if failed is not None:
                 kind, said = failed
-                self._said = True  # whatever becomes of it on its way
+                self._said = True  # even if the error below is replaced on its way
                 raise _everywhere(kind(f"rank {rank}: {said}"))
         return [own for _, own in told]
 
@@ -365,7 +370,7 @@ class Ranks:
 
 
 def _bucket(alike: Sequence[Tensor]) -> Tensor:
-    """Room for small tensors of one kind, which are added up in one message, or in several."""
+    """A buffer for small tensors of one kind, which are added up in one message, or in several."""
     first, n = alike[0], sum(tensor.numel() for tensor in alike)
     return first.new_empty(min(n, BUCKET // first.element_size()))
 
@@ -388,10 +393,10 @@ def _not_all_came(what: str, size: int) -> InputError:
 
 
 def _wait_in_store(rank: int, size: int) -> None:
-    """Wait until all ranks are here, before they make a group, which waits for long.
+    """Wait until all ranks are here, before they make a group, whose own wait would be long.
 
     Raises:
-        InputError: they do not come.
+        InputError: not all ranks come within `PATIENCE`.
     """
     global _n_waits
     _n_waits += 1
@@ -409,7 +414,7 @@ _n_waits = 0
 
 @contextmanager
 def _noticing() -> Iterator[None]:
-    """Say in a line that another rank is gone, where an exchange fails."""
+    """Raise an error of one line, that another rank is gone, where an exchange fails."""
     try:
         yield
     except RuntimeError as error:
@@ -429,9 +434,9 @@ _known: list[Ranks] = []
 
 
 def here() -> Ranks:
-    """The ranks of the process group that is begun, where there is one of several.
+    """The ranks of the current process group; `ALONE` where there is none of several processes.
 
-    The first call in a process group is made by all its ranks.
+    All ranks of a process group make its first call.
     """
     if _on_its_own.get() or not dist.is_available() or not dist.is_initialized():
         return ALONE

@@ -21,11 +21,11 @@ class Registry(Generic[T]):
     """Subclasses of one base, each by a name of its own.
 
     Args:
-        base: the base.
-        noun: what such a class is called in messages.
-        check: raises `InputError` where a class, whose name is given, is of no use.
-        unknown: how a message on an unknown name begins; None: `unknown NOUN`.
-        reserved: names that are not to be had.
+        base: the base class.
+        noun: the word for such a class in messages.
+        check: takes a name and its class; raises `InputError` where the class is of no use.
+        unknown: the beginning of a message on an unknown name; None: `unknown NOUN`.
+        reserved: names that cannot be registered.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Registry(Generic[T]):
         """The class registered under `name`, upper or lower case.
 
         Raises:
-            InputError: there is none; the nearest name is offered.
+            InputError: there is no such class; the nearest name is offered.
         """
         found = self.classes.get(name.lower())
         if found is None:

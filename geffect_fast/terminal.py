@@ -1,9 +1,9 @@
-"""What reaches a terminal: nothing of other people's text in it is obeyed.
+"""Output to a terminal, which shows control characters in other people's text and obeys none.
 
 Questions, tokens, file names and messages of templates may hold escape codes that recolour, erase
-or retitle a terminal, and characters that turn the order of what is read. They are shown in place
-of that, as in `\\x1b` and `\\u202e`, by the streams of a command (`clean_output`) and by `Console`,
-so that no `print` can forget it.
+or retitle a terminal, and characters that change the order of reading. The streams of a command
+(`clean_output`) and `Console` show such characters, as in `\\x1b` and `\\u202e`, so that no `print`
+can forget to do so.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ _BAR = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")
 
 
 class Console(rich.console.Console):
-    """rich's, for text of anyone: colours come from styles alone, never from the text or markup."""
+    """rich's console for any text: colours come from styles alone, never from text or markup."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**({"highlight": False, "markup": False, "emoji": False} | options))
 
     def render_str(self, text: str, **how: Any) -> Text:
-        """As rich does, of visible text, so that widths are right too."""
+        """Render a string as rich does, but made visible, so that widths are right too."""
         return super().render_str(visible(text), **how)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """As rich does; whatever is no control code of its own is made visible."""
+        """Render as rich does; all text but rich's own control codes is made visible."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 class _CleanStream:
-    """A text stream that writes what is visible; otherwise the stream it is made of."""
+    """A text stream like another one, to which it writes text made visible."""
 
     def __init__(self, stream: TextIO, has_bars: bool) -> None:
         self._stream, self._has_bars = stream, has_bars
-        self.rich_proxied_file = stream  # where rich's consoles, which clean by themselves, write
+        self.rich_proxied_file = stream  # rich's consoles make text visible, and write here
 
     def write(self, text: str) -> int:
         bar = _BAR.match(text) if self._has_bars else None
@@ -68,7 +68,7 @@ class _CleanStream:
 
 @contextmanager
 def clean_output() -> Iterator[None]:
-    """Whatever is printed to stdout and stderr inside, by whom ever, is made visible."""
+    """Inside, all text that any code prints to stdout and stderr is made visible."""
     before = sys.stdout, sys.stderr
     wrap: Callable[..., Any] = _CleanStream
     sys.stdout = before[0] and wrap(before[0], has_bars=False)
@@ -80,12 +80,12 @@ def clean_output() -> Iterator[None]:
 
 
 def columns() -> int | None:
-    """How wide tables are: `PIPED`, or None, which is as wide as the terminal."""
+    """The width of tables: `PIPED` columns, or None, which is the terminal's width."""
     return None if sys.stdout is not None and sys.stdout.isatty() else PIPED
 
 
 def plain_text(renderable: Any, width: int | None = None) -> str:
-    """What `Console.print` prints, without colour; also within a notebook, where rich shows it."""
+    """The text that `Console.print` prints, without colour; no display by rich in a notebook."""
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None, force_jupyter=False).print(renderable)
     return stream.getvalue().rstrip()
@@ -96,7 +96,7 @@ _NOTICED: ContextVar[set[str] | None] = ContextVar("noticed", default=None)
 
 @contextmanager
 def noticed_once() -> Iterator[None]:
-    """Inside, what a notice has said is not said again: for commands of several runs."""
+    """Inside, no notice is printed a second time; meant for commands of several runs."""
     token = _NOTICED.set(set())
     try:
         yield
@@ -105,7 +105,7 @@ def noticed_once() -> Iterator[None]:
 
 
 def print_notice(*decided: str) -> None:
-    """A line on stderr of what was decided, beside what a command prints."""
+    """Print decisions as a line on stderr, beside a command's own output."""
     noticed = _NOTICED.get()
     if noticed is not None:
         decided = tuple(text for text in decided if text not in noticed)
@@ -119,7 +119,8 @@ def progress_bar(show: bool, what: str, total: float) -> Iterator[Callable[..., 
     """A bar from 0 to `total`, none where `show` is False or stderr is no terminal or notebook.
 
     Yields:
-        A function that is told `completed=` so much, or `advance=` by so much.
+        A function that takes the progress so far as `completed=`, or further progress as
+        `advance=`.
     """
     if not show:
         yield lambda **_: None

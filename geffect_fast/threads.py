@@ -1,7 +1,7 @@
-"""Threads of torch on a machine that others use too: how many, and whether they spin as they wait.
+"""Threads of torch on a machine that others use too: their number, and whether they spin waiting.
 
-OpenMP reads its settings where torch is loaded, so commands set them before; a program that imports
-the package is told.
+OpenMP reads its settings when torch is loaded, so commands set them before. A program that imports
+the package is told what to set.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def is_command() -> bool:
 
 
 def prepare() -> None:
-    """Before torch is loaded: what a command sets, or what a program is told.
+    """Set up threads for a command, or tell a program what to set, before torch is loaded.
 
-    What the user has set stays as it is.
+    Settings of the user stay as they are.
     """
     if "torch" in sys.modules:
         return
@@ -46,13 +46,15 @@ def prepare() -> None:
 
 
 def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may use: those of its affinity, and no more than its control group's
-    share of time is worth; at least 1.
+    """Number of cores that this process may use, at least 1.
+
+    These are the cores of its affinity, at most as many as its control group's share of time is
+    worth.
 
     Args:
-        root: where the control groups are.
+        root: the folder of the control groups.
     """
-    if not hasattr(os, "sched_getaffinity"):  # neither is known outside of Linux
+    if not hasattr(os, "sched_getaffinity"):  # outside of Linux neither limit is known
         return os.cpu_count() or 1
     mine = os.sched_getaffinity(0)
     cores = {_core(cpu) for cpu in mine}
@@ -61,7 +63,7 @@ def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _core(cpu: int) -> str:
-    """The core of a logical processor, by all that it is; two threads of one share its units."""
+    """The core of a logical processor, named by all processors that share its units."""
     place = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return place.read_text(encoding="ascii").strip()
@@ -70,7 +72,7 @@ def _core(cpu: int) -> str:
 
 
 def _share(root: Path) -> float | None:
-    """How many processors' time the control group may use; None: no limit, or none is known."""
+    """Number of processors whose time the control group may use; None: no limit is known."""
     try:
         group = Path("/proc/self/cgroup").read_text(encoding="utf-8")
     except OSError:
@@ -86,7 +88,7 @@ def _share(root: Path) -> float | None:
 
 
 def _limit(folder: Path) -> list[float]:
-    """The limit of one group, of either version of control groups; nothing where it has none."""
+    """The limit of one group, of either version of control groups; empty where it has none."""
     try:
         quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
         return [] if quota == "max" else [int(quota) / int(period)]
@@ -103,7 +105,7 @@ def _limit(folder: Path) -> list[float]:
 
 
 def _advice() -> str | None:
-    """What to set where neither the waiting nor the number is, and the cores are busy."""
+    """Advice on settings, if neither waiting nor number is set and cores are busy; else None."""
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         return None
     if any(name in os.environ for name in (*_OF_WAITING[1:], *_OF_NUMBER)):

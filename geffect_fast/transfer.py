@@ -1,7 +1,7 @@
-"""To a device and back, with nobody waiting.
+"""Copies to a device and back that do not make the host wait for the device.
 
-A copy between a GPU and memory that may be paged out waits for all work before it. Through pinned
-memory it is queued like any kernel, and whoever reads what came back waits for that alone.
+A copy between a GPU and memory that may be paged out waits for all work before it. A copy through
+pinned memory is queued like any kernel, and a reader of the result waits for that copy alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class OnItsWay:
     """Tensors on their way to the host.
 
     Args:
-        tensors: of one device, detached; what they hold when all that is queued so far is done.
+        tensors: detached tensors of one device, as they are once all work queued so far is done.
 
     Examples:
         >>> copy = OnItsWay(effects, values)
@@ -57,7 +57,8 @@ def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
         own = [i for i, x in enumerate(tensors) if x.device == device and x.numel() > 0]
         if not own:
             continue
-        # What is largest, in one pass: NaN where there is one. A GPU takes many tensors at once.
+        # One pass finds the largest size, or NaN where there is one. A GPU takes many tensors at
+        # once.
         if device.type == "cpu":
             read = torch.stack([torch.stack(tensors[i].aminmax()).double() for i in own])
         else:

@@ -1,4 +1,4 @@
-"""Trying what may fail in any way, such as somebody's module that is called as nobody calls it."""
+"""Trials of code that may fail in any way, such as a module that is called in an unusual way."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def no_memory(error: BaseException) -> bool:
 
 
 class Trying(AbstractContextManager["Trying"]):
-    """Inside, any exception ends the block and is kept, but a lack of memory, which passes.
+    """A context that ends at any exception and keeps it, except a lack of memory, which passes.
 
     Attributes:
-        error: what was raised; None: nothing was.
+        error: the exception that was raised; None: there was none.
 
     Examples:
         >>> with Trying() as trial:
@@ -46,6 +46,6 @@ class Trying(AbstractContextManager["Trying"]):
 
     @property
     def reason(self) -> str:
-        """The error's kind and the first line of what it says."""
+        """The error's class and the first line of its message."""
         said = str(self.error).strip().splitlines()
         return f"{type(self.error).__name__}: {said[0].strip()[:160]}" if said else repr(self.error)

@@ -1,4 +1,4 @@
-"""Text with the characters shown that a terminal, or who reads it, would obey instead."""
+"""Text in which characters are shown that would control a terminal or the order of reading."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _OBEYED = re.compile(
 
 
 def visible(text: str) -> str:
-    """The text with what a terminal would obey shown as Python writes it; the rest as it is."""
+    """The text with characters that a terminal would obey shown as Python escapes them."""
     return _OBEYED.sub(_escaped, text)
 
 
 def one_line(text: str) -> str:
-    """As `visible`, of newlines and tabs too: of names, which may hold any, and of messages."""
+    """`visible`, with newlines and tabs shown too: for messages, and names that may hold any."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 

@@ -1,4 +1,4 @@
-"""Which inputs and output gradients belong to which parameter, sample by sample."""
+"""Capture of layer inputs and output gradients, by parameter and by sample."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ def capture(
 ) -> Iterator[dict[str, list[Factor]]]:
     """Record the layer inputs and output gradients of every backward inside the `with` block.
 
-    Nothing is left on the model afterwards, also after an exception. The model and its gradients
-    behave as without it; inside the block nothing of it runs compiled, and no activations are
-    computed a second time (gradient checkpointing).
+    Nothing is left on the model afterwards, also after an exception. The model computes the same
+    outputs and gradients as without `capture`. Inside the block nothing of the model runs compiled,
+    and no activations are computed a second time (gradient checkpointing).
 
-    Which rows are a sample's goes by their place alone, as the losses of single samples are not
-    known here: a model that swaps axes or reorders samples is not noticed. `gf.functional` notices.
+    Rows are assigned to samples by their place alone, because the losses of single samples are not
+    known here. A model that swaps axes or reorders samples goes unnoticed; `gf.functional` notices.
 
     Args:
         model: any `nn.Module` in eval mode, or without dropout; frozen parameters are skipped.
-        cu_seqlens: `(n_samples + 1,)` offsets where samples are packed into one row; without it
-            the first axis of the model's input (`input_ids`, or its first tensor) is the sample
-            axis.
+        cu_seqlens: `(n_samples + 1,)` offsets where samples are packed into one row. Without
+            offsets the first axis of the model's input (`input_ids`, or its first tensor) is the
+            sample axis.
 
     Yields:
-        For every trainable parameter that took part, by its name in `model.named_parameters()`, its
-        factors, one a call of its module: `Outer` (inputs `a`, output gradients `g`), `Lookup`,
-        `RowSum` or `Explicit`; `factor.gradient(i)` is sample `i`'s own gradient.
+        The factors of every trainable parameter that took part, by the parameter's name in
+        `model.named_parameters()`, one factor for each call of its module: `Outer` (inputs `a`,
+        output gradients `g`), `Lookup`, `RowSum` or `Explicit`. `factor.gradient(i)` is the
+        gradient of sample `i`.
 
     Raises:
         InputError: no model, active dropout, nothing trainable, or offsets that do not fit.

@@ -1,13 +1,14 @@
-"""Whether rows belong to the samples they are counted for: tried once, by weighted losses.
+"""Trial by weighted losses that rows belong to the samples they are counted for.
 
-Rows are counted for samples by where they stand, and a module may hand them on in another order, or
-let samples meet. The batch itself can tell. With `l_i` the loss of sample `i` and `g_r` what a
-module's output gradient is at row `r`, counted for sample `s`, a backward of `sum_i w_i l_i` leaves
+Rows are counted for samples by their place, but a module may reorder rows or let samples meet. The
+batch itself shows whether a module does. Let `l_i` be the loss of sample `i`, and `g_r` the
+gradient of a module's output `y` at row `r`, which is counted for sample `s`. A backward of
+`sum_i w_i l_i` leaves at row `r`
 
-    sum_i w_i dl_i/dy_r,    which is    w_s g_r    for weights that differ only where no other
-                                                   sample's loss depends on the row.
+    sum_i w_i dl_i/dy_r
 
-Then every product and norm of samples is exact, whatever the rows of the inputs hold.
+For weights that differ, this sum equals `w_s g_r` only where no other sample's loss depends on the
+row. Then every product and norm of samples is exact, whatever the rows of the inputs hold.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ ANY = "any"
 
 
 class Attribution:
-    """One trial: a backward whose gradients are noted, and one that they are compared with.
+    """One trial: the gradients of a first backward are noted, and a second is compared with them.
 
     Attributes:
         noting: whether the first backward is still to come, or running.
-        alone: whether the second is run for this alone.
+        alone: whether the second backward is run for the trial alone.
 
     Args:
-        model: whose batch.
-        n_samples: in it.
+        model: the model that is tried; its coarsest precision sets the tolerances.
+        n_samples: number of samples in the batch.
     """
 
     def __init__(self, model: nn.Module, n_samples: int) -> None:
@@ -65,8 +66,8 @@ class Attribution:
         self.precision = PRECISIONS[dtype]
         self.noting = True
         self.alone = False
-        # No two are alike as long as there are as many, and those of few samples lie far apart:
-        # what little one leaves in another's rows shows as well.
+        # All weights differ for as long as there are enough values. The weights of few samples lie
+        # far apart, so that even a small share of one sample in another's rows shows.
         span, generator = EXPONENTS[dtype], torch.Generator().manual_seed(n_samples)
         n_each, step = 2 * span + 1, min(2 * span // max(n_samples - 1, 1), FURTHEST) or 1
         chosen = torch.randperm(n_samples, generator=generator) * step
@@ -78,25 +79,29 @@ class Attribution:
         self._compared: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
     def weighted(self, losses: Tensor) -> Tensor:
-        """The sum to run the first backward from."""
+        """The weighted sum of the losses, from which the first backward runs."""
         return (losses * on_device(self._weights, losses.device).to(losses.dtype)).sum()
 
     def compare_losses(self, recorded: Tensor, own: Tensor) -> None:
-        """Compare losses of a forward in which positions were given to each sample by itself with
-        those of the model as it is."""
+        """Compare the recorded forward's losses with the model's own.
+
+        Args:
+            recorded: losses of a forward in which each sample was given positions of its own.
+            own: losses of the model as it is.
+        """
         recorded = recorded.detach()
         allowed = OF_ROW[self.precision] * own.abs().amax()
         self._losses = ((recorded - own).abs() > allowed).any()
 
     def take(self, key: tuple[int, int], call: Call, g: Tensor) -> bool:
-        """Take a gradient that has arrived at a module's output; whether it was for this alone.
+        """Take the gradient of a module's output; return whether the trial alone needs it.
 
-        Of the first backward one number a row is noted, with which the second is compared.
+        The first backward leaves one number for each row, with which the second is compared.
 
         Args:
-            key: of the call and output.
-            call: the module's.
-            g: `(..., d)`.
+            key: the number of the call and the position of the output.
+            call: the call of the module.
+            g: the gradient, `(..., d)`.
         """
         segments = call.checked_segments()
         if self.noting:
@@ -108,7 +113,7 @@ class Attribution:
     def _compare(self, key: tuple[int, int], where: str, g: Tensor, rows: Rows) -> None:
         plain = self._along_noise(g)
         noted = self._noted.pop(key, None)
-        if noted is None:  # no gradient arrived in the first
+        if noted is None:  # no gradient arrived in the first backward
             noted = torch.zeros_like(plain)
         moved, still = (rows.flat(x[..., None])[:, 0] for x in (noted, plain))
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
@@ -120,18 +125,18 @@ class Attribution:
         self._compared.append((where, (moved / weight - still).abs(), allowed, of_call))
 
     def conclude(self) -> None:
-        """Wait for the comparisons.
+        """Wait for the comparisons and raise where one failed.
 
         Raises:
-            UnsupportedModelError: a row of a module depends on other samples' losses, or the losses
-                are not the model's own.
+            UnsupportedModelError: other samples' losses depend on a row of a module, or the
+                recorded losses are not the model's own.
         """
         if not self._compared:
             return
         device = self._compared[0][-1].device
         largest = torch.stack([scale.to(device) for *_, scale in self._compared]).amax()
         floor = OF_ALL[self.precision] * largest
-        # What is not finite is not wrong: it is the caller's to see.
+        # A number that is not finite does not count as wrong: the caller sees it.
         wrong = [
             (off > allowed + floor.to(off.device)).any().to(device)
             for _, off, allowed, _ in self._compared
@@ -155,9 +160,11 @@ class Attribution:
                 )
 
     def _along_noise(self, g: Tensor) -> Tensor:
-        """`g` along a direction of noise, `(...)` fp64: 0 where `g` is, else by chance alone.
+        """Products of `g` with a direction of noise, `(...)` fp64.
 
-        In the precision of `g`: what is a power of two times another is so along the noise as well.
+        A product is 0 where `g` is 0, and otherwise only by chance. Products are taken in the
+        precision of `g`, so that gradients that differ by a power of two have products that differ
+        by the same power of two.
         """
         place = (g.shape[-1], g.device)
         if place not in self._directions:
@@ -168,9 +175,10 @@ class Attribution:
 
 
 def code_of(function: Callable[..., Any]) -> Hashable:
-    """What a function runs, and the plain values it is bound to: one that is made anew is the same.
+    """A key of a function: its code, and the plain values in its closure.
 
-    Of other callables the type's own.
+    A function that is made anew has the same key. A partial has the key of the function inside, any
+    other callable that of its type.
     """
     if isinstance(function, partial):
         return code_of(function.func)

@@ -1,5 +1,7 @@
-"""What ranks that hold one copy of a model in parts send each other: parts to where rows are, or
-rows to where parts are. Everything is on its way while this rank goes on, until it is asked for.
+"""Exchanges between ranks that hold one copy of a model in parts.
+
+Either parts are sent to the ranks that have the rows, or rows to the ranks that have the parts. A
+transfer runs while this rank goes on, until its result is asked for (`arrived`).
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ T = TypeVar("T")
 
 
 class Gathered:
-    """A tensor that comes from the parts of it that ranks hold.
+    """A whole tensor, gathered from the parts of it that ranks hold.
 
     Args:
-        parts: `(M, *own shape)`, of a parameter's layout behind the first axis.
-        of: the parameter that a rank has its part of.
+        parts: this rank's, `(M, *own shape)`; behind the first axis they are cut as `of` is.
+        of: the parameter, a `DTensor`, of which this rank has its part.
     """
 
     def __init__(self, parts: Tensor, of: nn.Parameter) -> None:
@@ -34,12 +36,12 @@ class Gathered:
         self._came = _EqualParts(parts, 1, self._lengths, holders(of))
 
     def arrived(self) -> Tensor:
-        """`(M, *shape)`."""
+        """The whole tensor, `(M, *shape)`."""
         return torch.cat(self._came.arrived(), 1)
 
 
 class WholeRows:
-    """Rows of all holders of a parameter, each of whom needs all of their columns.
+    """Rows of all holders of a parameter, where each holder needs all columns of all rows.
 
     Args:
         own: `(rows, ...)` of this rank.
@@ -51,17 +53,17 @@ class WholeRows:
         self._came = _EqualParts(own, 0, lengths, group)
 
     def arrived(self) -> Tensor:
-        """`(all rows, ...)`, in the order of the holders."""
+        """All rows, `(all rows, ...)`, in the order of the holders."""
         return torch.cat(self._came.arrived())
 
 
 class OwnColumns:
-    """Rows of all holders of a parameter, of which each needs the columns of its part.
+    """Rows of all holders of a parameter, where each holder needs the columns of its part.
 
     Args:
         own: `(rows, d)` of this rank.
         lengths: how many rows each holder has.
-        parts: which columns each of them needs.
+        parts: the columns that each holder needs.
         group: the holders.
     """
 
@@ -85,21 +87,23 @@ class OwnColumns:
         )
 
     def arrived(self) -> Tensor:
-        """`(all rows, own columns)`, in the order of the holders."""
+        """All rows, `(all rows, own columns)`, in the order of the holders."""
         self._held[1].wait()
         return self._into.view(self._shape)
 
 
 class _EqualParts:
-    """Tensors of one shape but for an axis, along which they are filled up: collectives take equal
-    ones."""
+    """Tensors of all holders, whose shapes differ along one axis only.
+
+    They are padded along that axis, because collectives take equal shapes.
+    """
 
     def __init__(self, own: Tensor, axis: int, lengths: Sequence[int], group: ProcessGroup) -> None:
         self._axis, self._lengths = axis, lengths
         missing = max(lengths) - own.shape[axis]
         sent = pad(own, [*[0, 0] * (own.dim() - 1 - axis), 0, missing]).contiguous()
         self._into = sent.new_empty(len(lengths), *sent.shape)
-        # The name that some versions know alone, and the one that others do.
+        # Some versions of torch know the first name only, others the second only.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         self._held = sent, gather(self._into.flatten(0, 1), sent, group=group, async_op=True)
 
@@ -111,7 +115,7 @@ class _EqualParts:
 
 
 def next_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same ones, each when the next one, which begins an exchange, has been made."""
+    """Yield the same items, each after the next one is made, whose exchange has then begun."""
     before: list[T] = []
     for item in items:
         yield from before
@@ -120,5 +124,5 @@ def next_ahead(items: Iterable[T]) -> Iterator[T]:
 
 
 def share_of(own: int, lengths: Sequence[int]) -> slice:
-    """Which of all holders' rows are those of holder `own`."""
+    """The place of the rows of holder `own` among all holders' rows."""
     return [slice(*ends) for ends in pairwise(accumulate(lengths, initial=0))][own]

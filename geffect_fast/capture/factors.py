@@ -4,9 +4,9 @@ The gradient of sample `i` with respect to one parameter, from one call of one m
 the rows `t` of sample `i`:
 
     Outer    sum_t g_t a_t^T              a linear map: inputs `a`, output gradients `g`
-    GramOuter                             the same for norms alone: of `a` its inner products
+    GramOuter                             the same for norms alone, with inner products for `a`
     Lookup   sum_t e(id_t) g_t^T          a table: row `id_t` receives `g_t`
-    RowSum   v_i                          a vector parameter: what the rows contribute, summed
+    RowSum   v_i                          a vector parameter: the sum over the rows
     Explicit vjp of the module            anything else, with its jvp for inner products
 
 Several factors of one parameter (a tied embedding, a module called twice) add up.
@@ -48,7 +48,7 @@ class Outer:
 
 @dataclass(frozen=True)
 class GramOuter:
-    """`Outer` where nothing but norms is asked for: the inputs' inner products are all it takes.
+    """`Outer` for norms alone, which need of the inputs no more than their inner products.
 
     Attributes:
         grams: `a_s . a_t` of every pair of tokens of a sample, see `ops.reference.token_grams`.
@@ -68,7 +68,7 @@ class Lookup:
     Attributes:
         ids: `(rows,)` int64.
         g: `(rows, d)` gradients of the looked-up rows (0 where the row is padding).
-        cu: offsets of the samples.
+        cu: offsets of the samples among the rows.
         n_entries: rows of the table.
     """
 
@@ -99,7 +99,7 @@ class RowSum:
 
 @dataclass(frozen=True)
 class Tangent:
-    """What one output of a module has to do with one of its parameters, moved along a direction.
+    """One output of a module, while one of the module's parameters moves along a direction.
 
     Attributes:
         tangent: `(rows, d)`, the output's derivative along the direction.
@@ -117,11 +117,11 @@ class Explicit:
     """`grad_i = vjp(i)`, one sample at a time, of the parameter's own shape.
 
     Attributes:
-        vjp: the gradient of one sample.
-        whole: the sum of all samples' gradients, in one vjp.
-        jvp: the module's outputs moved along a direction of the parameter's shape; None where the
-            module has no forward-mode derivative. `<grad_i, V>` is the sum of `tangent * g` over
-            the rows of sample `i`, so one jvp serves all samples.
+        vjp: gives the gradient of one sample.
+        whole: gives the sum of all samples' gradients, in one vjp.
+        jvp: gives the tangents of the module's outputs along a direction of the parameter's shape;
+            None where the module has no forward-mode derivative. `<grad_i, V>` is the sum of
+            `tangent * g` over the rows of sample `i`, so one jvp serves all samples.
         n_samples: number of samples.
     """
 
@@ -138,18 +138,18 @@ Factor = Outer | GramOuter | Lookup | RowSum | Explicit
 
 
 def n_samples(factor: Factor) -> int:
-    """Number of samples a factor speaks of."""
+    """Number of samples whose gradients a factor holds."""
     if isinstance(factor, RowSum):
         return len(factor.sums)
     return factor.n_samples if isinstance(factor, Explicit) else len(factor.cu)
 
 
 def summed_gradient(factors: list[Factor], i: int, shape: torch.Size) -> Tensor:
-    """The gradient of sample `i` itself, all factors of one parameter added, of `shape`."""
+    """The gradient of sample `i`, formed, of `shape`: the sum over all factors of a parameter."""
     return torch.stack([gradient(f, i).reshape(shape) for f in factors]).sum(0)
 
 
 def gradient(factor: Factor, i: int) -> Tensor:
-    """The gradient of sample `i` itself."""
+    """The gradient of sample `i`, formed from one factor."""
     assert not isinstance(factor, GramOuter), "its inputs are gone"
     return factor.gradient(i)

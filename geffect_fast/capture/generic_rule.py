@@ -1,4 +1,4 @@
-"""The rule for any module: it is run once more, and its vector-Jacobian product taken a sample."""
+"""The rule for any module: the module is run again, and one vjp is taken for each sample."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from geffect_fast.trying import Trying
 
 
 class GenericCall(Call):
-    """Anything else: the module is run once more and its vjp taken, one sample at a time.
+    """A call of any module: the module is run again, and its vjp is taken one sample at a time.
 
-    Exact whatever the module does inside, as long as its outputs' rows belong to samples: the
-    gradient of sample `i` is the vjp of the output gradient with all other samples' rows zeroed.
+    The gradient of sample `i` is the vjp of the output gradient with all other samples' rows
+    zeroed. This is exact whatever the module does inside, as long as the rows of its outputs belong
+    to samples.
 
     Attributes:
         returned: the tensors that the module returned in the call.
@@ -50,7 +51,11 @@ class GenericCall(Call):
         return segments
 
     def gradients(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Factor]]:
-        """The factors, given the gradient of every tensor the module returned (None: unused)."""
+        """Each parameter's name in the model with its factor.
+
+        Args:
+            grads: the gradient of every tensor that the module returned; None: it was not used.
+        """
         segments = self.checked_segments()
         leaves = {k: self.module.get_parameter(k).detach().requires_grad_() for k in self.names}
         again: list[Tensor] = []
@@ -80,9 +85,10 @@ class GenericCall(Call):
         formed: dict[int | None, tuple[Tensor | None, ...]] = {}
 
         def vjp(i: int | None) -> tuple[Tensor | None, ...]:
-            """The gradients of sample `i`, of all samples together for None."""
+            """The gradients of sample `i`; for None those of all samples together."""
             if i not in formed:
-                # Only the last sample is kept: parameters of one module are asked for in turn.
+                # Only the last result is kept, which serves all parameters where one after the
+                # other asks for the same: for a single sample, and for all samples together.
                 formed.clear()
                 masked = [
                     g if i is None else rows[position].only(g, i)
@@ -122,8 +128,8 @@ class GenericCall(Call):
     ) -> list[Tensor] | None:
         """The outputs' derivatives along `direction` of one parameter; None where they have none.
 
-        An operation with a rule of its own and none for forward mode may drop the tangent without
-        a word, so whoever uses this compares with a vjp.
+        An operation with a backward of its own and no forward-mode rule may silently drop the
+        tangent, so the caller compares the result with a vjp.
         """
         moved: list[Any] = []
         with (
@@ -137,13 +143,13 @@ class GenericCall(Call):
             moved = [forward_ad.unpack_dual(y) for y in self._outputs(dual)]
         if trial.error is not None:
             return None
-        # The replay may leave gradients on: DoRA's parts ask for them by themselves.
+        # The module is run again with gradients on, and DoRA's parts ask for gradients themselves.
         return [
             torch.zeros_like(y.primal) if y.tangent is None else y.tangent.detach() for y in moved
         ]
 
     def _outputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
-        """What the module returns with `leaves` for its own parameters, before others' hooks."""
+        """The tensors that the module returns with `leaves` as parameters, before others' hooks."""
         returned: list[Any] = []
 
         def see(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -153,7 +159,7 @@ class GenericCall(Call):
         token = REPLAYING.set(True)
         try:
             with torch.enable_grad(), self.inputs.precision(), eagerly(self.module):
-                # Not tied: what a child does with a shared parameter is in the child's own factors.
+                # Not tied: a child's use of a shared parameter is in the child's own factors.
                 functional_call(
                     self.module, leaves, self.inputs.args, self.inputs.kwargs, tie_weights=False
                 )
@@ -164,7 +170,7 @@ class GenericCall(Call):
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether two results of one computation differ by no more than the order of its sums."""
+    """Whether two results of one computation differ by no more than the order of sums explains."""
     x, y = x.detach(), y.detach()
     if x.shape != y.shape or torch.equal(x, y):
         return x.shape == y.shape

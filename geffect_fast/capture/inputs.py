@@ -1,4 +1,4 @@
-"""What goes into a module and comes out of it."""
+"""The inputs of a module's call, and the tensors among its outputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ REPLAYING: ContextVar[bool] = ContextVar("REPLAYING", default=False)
 
 @dataclass(slots=True)
 class Inputs:
-    """What a module was called with, and under which autocast.
+    """The arguments of a module's call, and the autocast around it.
 
     Attributes:
         args, kwargs: the arguments, tensors detached.
-        tensors: those among them.
-        versions: of the tensors, to notice that one was changed in place.
-        autocast: device type, dtype; None where autocast was off.
+        tensors: the tensors among the arguments.
+        versions: version of each tensor at the call, to notice that one was changed in place.
+        autocast: device type and dtype; None where autocast was off.
     """
 
     args: tuple[Any, ...]
@@ -35,7 +35,7 @@ class Inputs:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            tensors = [args[0].detach()]  # most calls, and pytrees take a while
+            tensors = [args[0].detach()]  # the most common call; pytrees take a while
             args = (tensors[0],)
         else:
             leaves, structure = tree_flatten((args, kwargs))
@@ -48,11 +48,11 @@ class Inputs:
         return cls(args, kwargs, tensors, [version_of(x) for x in tensors], autocast)
 
     def changed(self) -> bool:
-        """Whether a tensor has been written to since; a detached one shares its version."""
+        """Whether a tensor was written to since the call; detached tensors share their version."""
         return [version_of(x) for x in self.tensors] != self.versions
 
     def precision(self) -> Any:
-        """The autocast of the call, to run something again as it ran then."""
+        """A context with the autocast of the call, in which the module runs as in the call."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.autocast[0], self.autocast[1], cache_enabled=False)
@@ -62,11 +62,11 @@ NOTHING = Inputs((), {}, [], [], None)
 
 
 def version_of(x: Tensor) -> int:
-    """How often the memory of `x` has been written to; 0 where nobody counts."""
+    """Number of writes to the memory of `x`; 0 for inference tensors, whose writes go uncounted."""
     return 0 if x.is_inference() else x._version
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """Every floating-point tensor in what a module returned, in order."""
+    """Every floating-point tensor in a module's output, in order."""
     leaves = (output,) if isinstance(output, Tensor) else tree_leaves(output)
     return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]

@@ -1,8 +1,9 @@
-"""What one call of one module says about the gradients of its parameters: a rule a module type.
+"""Rules by module type: the factors that one call of a module adds to its parameters' gradients.
 
-A rule is a class whose line names the module type it serves; `rule_for` (`capture/plan.py`) picks
-it only where the module really runs that type's own forward, so a subclass with another forward
-gets the exact generic rule (`capture/generic_rule.py`) instead of a wrong fast one.
+A rule is a subclass of `Call` whose class line names the module type it serves. `rule_for`
+(`capture/plan.py`) picks it only where the module really runs that type's own forward, so a
+subclass with another forward gets the exact generic rule (`capture/generic_rule.py`) instead of a
+wrong fast one.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class Call:
         where: the module's name in the model.
         module: the module.
         names: its trainable parameters, local name (`weight`) to name in the model.
-        inputs: what it was called with.
-        factor: the one number a rule found out about the module (`fit`).
+        inputs: the arguments of the call.
+        factor: the one number that the rule found out about the module (`fit`).
         segments: the sample axis; None where it is not known.
-        axes: which axis of a module's output holds the tokens, as far as it is known (`Segments`).
+        axes: the axis of the tokens in modules' outputs, as far as it is known (`Segments.rows`).
     """
 
     where: str
@@ -67,7 +68,7 @@ class Call:
 
     @classmethod
     def fit(cls, module: nn.Module) -> float | None:
-        """The rule's `factor` for this very module, None where its formula is not exact for it."""
+        """The rule's `factor` for this module; None where the rule is not exact for the module."""
         return 1.0 if runs_forward_of(module, cls) else None
 
     @property
@@ -76,10 +77,10 @@ class Call:
         return next(iter((*self.inputs.args, *self.inputs.kwargs.values())))
 
     def keep(self, output: Any, norm_weights: NormWeights) -> None:
-        """Take note of what the module returned, before anybody else changes it."""
+        """Note what the call needs of the output, before any other code changes the output."""
 
     def condense(self, grams: InputGrams, output: Any) -> bool:
-        """Keep what norms need in place of the inputs; whether that was done."""
+        """Replace the inputs by what norms need of them; return whether that was done."""
         return False
 
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
@@ -87,19 +88,19 @@ class Call:
         raise NotImplementedError
 
     def checked_factors(self, g: Tensor) -> Iterator[tuple[str, Factor]]:
-        """`factors`, where what the module was called with is still what it was."""
+        """`factors`, after a check that the sample axis is known and the inputs are unchanged."""
         return self.factors(g, self.rows(self.checked_segments(), g))
 
     def rows(self, segments: Segments, x: Tensor) -> Rows:
-        """How the rows of an input or output `(..., d)` lie."""
+        """The layout of the rows of an input or output `(..., d)`."""
         return segments.rows(x.shape[:-1], self.where, self.axes)
 
     def checked_segments(self) -> Segments:
         """The sample axis.
 
         Raises:
-            InputError: it is not known.
-            UnsupportedModelError: the inputs are no longer what they were.
+            InputError: the sample axis is not known.
+            UnsupportedModelError: an input was changed in place after the call.
         """
         if self.segments is None:
             raise InputError(
@@ -114,7 +115,7 @@ class Call:
         return self.segments
 
     def constants(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `inner` may reuse for every objective: by parameter name, `(M, rows, d)`."""
+        """Tensors `(M, rows, d)` by parameter name that `inner` may reuse for every objective."""
         return {}
 
 
@@ -125,7 +126,7 @@ def runs_forward_of(module: nn.Module, rule: type[Call]) -> bool:
 
 
 def qualified(kind: type) -> str:
-    """A type's name with its module's, by which rules serve it."""
+    """A type's name behind its module's name, as keys of `Call.rules` are."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -134,21 +135,22 @@ MOST_TOKENS = 128 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
 
 
 class InputGrams:
-    """Forms the Gram matrices of inputs, once for neighbouring layers that are given the same one.
+    """The Gram matrices of inputs, formed once for neighbouring layers that share an input.
 
-    In a forward inputs are in the cache still, and need not be kept for the backward.
+    They are formed in the forward, where inputs are still in the cache and need not be kept for the
+    backward.
     """
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, a: Tensor, output: Tensor, rows: Rows) -> Tensor | None:
-        """`(sum of T_i^2,)`; None where that is more than the inputs are, or no kernel serves.
+        """Gram matrices `(sum of T_i^2,)`; None where they outgrow the inputs or no kernel serves.
 
         Args:
             a: `(..., d_in)`, inputs of a linear layer, detached.
-            output: `(..., d_out)`, what the layer returned.
-            rows: how the rows of `a` lie.
+            output: `(..., d_out)`, the layer's output.
+            rows: the layout of the rows of `a`.
         """
         longest = max(rows.cu.lengths, default=0)
         if not a.is_cpu or longest > min(MOST_TOKENS, a.shape[-1], output.shape[-1]):
@@ -173,7 +175,7 @@ class LinearCall(Call, serves="torch.nn.modules.linear.Linear"):
     """`y = a W^T + b`: `grad_W = sum_t g_t a_t^T`, `grad_b = sum_t g_t`.
 
     Attributes:
-        grams: of the inputs, in place of them (`condense`).
+        grams: the inputs' Gram matrices, where they are kept in place of the inputs (`condense`).
     """
 
     transposed: ClassVar[bool] = False
@@ -254,14 +256,15 @@ class EmbeddingCall(Call, serves="torch.nn.modules.sparse.Embedding"):
 class NormCall(Call):
     """`y = xhat(x) * (offset + w) + b`: `grad_w = sum_t g_t * xhat_t`, `grad_b = sum_t g_t`.
 
-    Serves every norm of that form, whatever its name (LayerNorm, the RMSNorms of transformers with
-    `w` and with `1 + w`): form and offset are found by trying the module, see `norm_offset`.
+    The rule serves every norm of that form, whatever its name (LayerNorm, the RMSNorms of
+    transformers with `w` and with `1 + w`). Form and offset are found by trying the module, see
+    `norm_offset`.
 
     Attributes:
-        output: what the module returned, and how often it was written to by then, where `xhat` can
-            be read off it.
-        multiplied: `offset + w`, by which `xhat` was multiplied then; None where it is not to be
-            read off the output.
+        output: the module's output and the number of writes to it by then; None where `xhat` cannot
+            be read off the output.
+        multiplied: `offset + w` of the call, by which `xhat` was multiplied; None where `xhat`
+            cannot be read off the output.
     """
 
     output: tuple[Tensor, int] | None = None
@@ -272,7 +275,7 @@ class NormCall(Call):
         return norm_offset(module)
 
     def keep(self, output: Any, norm_weights: NormWeights) -> None:
-        # Not where it was rounded to low precision.
+        # `xhat` cannot be read off an output that was rounded to low precision.
         weight = self.module.get_parameter("weight")
         same = self.input.dtype == weight.dtype == output.dtype and weight.dtype.itemsize >= 4
         if same and output.is_cpu and getattr(self.module, "bias", None) is None:
@@ -288,7 +291,7 @@ class NormCall(Call):
             yield self.names["bias"], RowSum(segment_sum(g, rows.cu))
 
     def sums(self, g: Tensor, rows: Rows) -> Tensor:
-        """`sum_t g_t * xhat_t`, `(n, d)` fp64, from the output where it is still what it was."""
+        """`sum_t g_t * xhat_t`, `(n, d)` fp64, read off the output where that is unchanged."""
         if self.output is not None and version_of(self.output[0]) == self.output[1]:
             assert self.multiplied is not None
             sums = segment_product(g, rows.flat(self.output[0]), rows.cu)
@@ -298,11 +301,12 @@ class NormCall(Call):
     def normalized(self) -> Tensor:
         """`xhat`, `(..., d)`, computed again by the module with its weight set to `1 - offset`.
 
-        In fp32 at least: a norm that computes in it, and only then rounds, is not rounded here.
+        It is computed in fp32 at least. So a norm that computes in fp32 and rounds its result is
+        not rounded here.
         """
         x = widened(self.input)
         weight = self.module.get_parameter("weight")
-        # Of its shape alone: FSDP may not have it at hand here.
+        # Only the weight's shape is used: FSDP may not have its values at hand here.
         ones = torch.full(
             weight.shape, 1.0 - self.factor, dtype=accumulation_dtype(weight.dtype), device=x.device
         )
@@ -311,12 +315,13 @@ class NormCall(Call):
 
 
 class NormWeights:
-    """By what the norms of a model multiply, for those whose `xhat` can be read off the output.
+    """The multipliers `offset + w` of a model's norms, where `xhat` can be read off the output.
 
-    Looked at once a batch for all of them, as that waits for what computed the weights.
+    All of them are looked at together, once for each batch, because looking waits for the
+    computation of the weights.
 
     Args:
-        norms: weight and offset of each on a CPU, by the module's name.
+        norms: weight and offset of every norm on a CPU, by the module's name.
     """
 
     def __init__(self, norms: Mapping[str, tuple[Tensor, float]]) -> None:
@@ -324,8 +329,8 @@ class NormWeights:
         self._found: dict[str, Tensor] | None = None
 
     def multiplied(self, where: str) -> Tensor | None:
-        """`offset + w` of the norm at `where`; None where an element is next to nothing."""
-        if not self._norms:  # FSDP has them at hand within a forward alone
+        """`offset + w` of the norm at `where`; None where an element is close to zero."""
+        if not self._norms:  # FSDP has the weights at hand within a forward only
             return None
         if self._found is None:
             weights = torch._foreach_add(*map(list, zip(*self._norms.values(), strict=True)))

@@ -10,7 +10,8 @@ from geffect_fast.errors import InputError
 def leaves_of(y: Tensor) -> list[Tensor]:
     """Every leaf that `y` depends on: a backward to all of them passes by every recorded call.
 
-    A recorder's own roots are among them, and whatever else asks for a gradient (soft prompts).
+    Among the leaves are a recorder's own roots and anything else that asks for a gradient (soft
+    prompts).
 
     Raises:
         InputError: a part of the graph is made during the backward only.

@@ -1,14 +1,14 @@
-"""Sizes and squares of per-sample gradients, from their factors; and what of them opposes another.
+"""Sizes and squares of per-sample gradients, and sizes of the parts that oppose another gradient.
 
-Of one outer product, which is a linear layer's gradient at one place, sizes are products too. With
-`S` the signs of the other gradient `R` and `Z = (R == 0)`,
+All are computed from factors. A linear layer's gradient at one place is one outer product, whose
+sizes are products too. With `S` the signs of the other gradient `R` and `Z = (R == 0)`,
 
     mass       sum_ij |g_i a_j|        = |g|_1 |a|_1
     along      sum_ij g_i a_j S_ij     = g^T S a
     unsigned   sum_ij |g_i a_j| Z_ij   = |g|^T Z |a|
     opposing   (mass - unsigned - along) / 2
 
-A sum of outer products has no such form, and is formed, one sample at a time.
+A sum of outer products has no such form, so the gradient is formed, one sample at a time.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from geffect_fast.capture.segments import Offsets, segment_sum
 
 @in_own_precision
 def opposed_masses(factors: list[Factor], signs: Tensor, zeros: bool) -> Tensor:
-    """Sizes of the samples' gradients of one parameter, and of what of them opposes another.
+    """Sizes of the samples' gradients of one parameter, and of the part that opposes another.
 
     Args:
-        factors: all of the parameter.
-        signs: of the other gradient, -1, 0 and 1, of the parameter's shape.
-        zeros: whether any of them is 0.
+        factors: all factors of the parameter.
+        signs: signs of the other gradient, -1, 0 and 1, of the parameter's shape.
+        zeros: whether any of the signs is 0.
 
     Returns:
-        `(2, n_samples)` fp64: sums of absolute elements, and of those whose sign is the other one;
-        the second is at most the first.
+        `(2, n_samples)` fp64: sums of absolute elements, and sums of only those absolute elements
+        whose sign is opposite to the other gradient's. The second is at most the first.
     """
     if all(isinstance(f, RowSum) for f in factors):
         sums = torch.stack([f.sums for f in factors if isinstance(f, RowSum)]).sum(0)
@@ -61,7 +61,7 @@ def opposed_masses(factors: list[Factor], signs: Tensor, zeros: bool) -> Tensor:
         sizes = (inner(_with_sizes(f), unsigned[None])[0].double() for f in of_rows)
         opposing -= _added([*sizes])
     if outers and lookups:
-        # In the row that a sample looked up both meet, and their sizes do not add up.
+        # Both factors meet in the row that a sample looked up, where their sizes do not add up.
         ids, more = _beyond_outer(outers[0], lookups[0])
         mass += more.sum(1)
         opposing += more.sum(1)
@@ -71,7 +71,7 @@ def opposed_masses(factors: list[Factor], signs: Tensor, zeros: bool) -> Tensor:
 
 
 def _compared(gradients: Tensor, signs: Tensor) -> Tensor:
-    """`opposed_masses` of gradients themselves, `(n, ...)`."""
+    """`opposed_masses` of gradients that are formed, `(n, ...)`."""
     gradients = gradients.flatten(1)
     sizes, against = gradients.abs().double(), gradients.sign() * signs.flatten() < 0
     return torch.stack([sizes.sum(1), (sizes * against).sum(1)])
@@ -97,10 +97,10 @@ def _added(terms: list[Tensor]) -> Tensor:
 
 
 def _beyond_outer(outer: Outer, lookup: Lookup) -> tuple[Tensor, Tensor]:
-    """How a table's sizes in the row that a sample looked up exceed the sum of both factors' there.
+    """Excess of a table's sizes over both factors' sizes, in the row that each sample looked up.
 
     Returns:
-        The rows' numbers `(n_samples,)`, and `(n_samples, d)` fp64, 0 or below.
+        The numbers of the rows, `(n_samples,)`, and the excess, `(n_samples, d)` fp64, 0 or below.
     """
     entries, width = (outer.a, outer.g) if outer.transposed else (outer.g, outer.a)
     ids = lookup.ids.new_zeros(len(lookup.cu))
@@ -122,12 +122,13 @@ def _not_empty(cu: Offsets, device: torch.device) -> Tensor:
 def squared_gradients(factors: list[Factor], shape: torch.Size) -> Tensor:
     """`sum_i grad_i^2` of one parameter, entry by entry, of its `shape`, fp32 or fp64.
 
-    A square of a sum over a sample's tokens has no closed form, so each sample's gradient of this
-    one parameter is formed, squared and let go of; of a table, its rows that the sample looked up.
+    The square of a sum over a sample's tokens has no closed form, so each sample's gradient of this
+    one parameter is formed, squared and let go of. Of a table only the rows that the sample looked
+    up are formed.
 
     Args:
-        factors: all of the parameter.
-        shape: of the parameter.
+        factors: all factors of the parameter.
+        shape: the parameter's shape.
     """
     first = factors[0]
     if len(factors) == 1 and isinstance(first, RowSum):
@@ -142,7 +143,10 @@ def squared_gradients(factors: list[Factor], shape: torch.Size) -> Tensor:
 
 
 def _of_table(lookups: list[Lookup]) -> Tensor:
-    """Of a table, `(n_entries, d)`: what a sample looked up under one id is added up first."""
+    """`squared_gradients` of a table, `(n_entries, d)`.
+
+    The gradients that a sample looked up under one id are added up before they are squared.
+    """
     n_entries = lookups[0].n_entries
     g = widened(torch.cat([f.g for f in lookups]))
     cells, cell = torch.unique(table_cells(lookups), return_inverse=True)

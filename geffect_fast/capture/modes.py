@@ -1,4 +1,4 @@
-"""Models in eval mode for a while."""
+"""Contexts for the train and eval modes of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from geffect_fast.ops.ieee_fp32 import ieee_fp32
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards all modules train, or do not, as before."""
+    """Put every module back into its train or eval mode after the block."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

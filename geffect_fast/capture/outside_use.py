@@ -1,7 +1,8 @@
 """Parameters that are used outside the forwards of the modules that own them, where no hook sees.
 
-Two ways to see it all the same. The graph of the losses tells by what it reaches, and takes no
-time; where the user's own backward wants weight gradients, every operation has to be looked at.
+There are two ways to notice such a use. `OutsideUseInGraph` reads it from the leaves that the graph
+of the losses reaches, which takes no time. `OutsideUse` looks at every operation, for where the
+user's own backward wants weight gradients.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from geffect_fast.capture.plan import Plan
 
 
 class OutsideUseInGraph(AbstractContextManager["OutsideUseInGraph"]):
-    """Seen in a graph: inside, frozen parameters ask for a gradient but where their modules run.
+    """Context in which frozen parameters ask for a gradient, except where their modules run.
 
-    So a graph made inside that reaches one has used it elsewhere: `plan.names_of(leaves_of(y))`
-    are for `plan.widen`.
+    So a graph that is made inside and reaches a parameter has used it outside its modules. Pass
+    the names, `plan.names_of(leaves_of(y))`, to `plan.widen`.
 
     Args:
-        plan: of the model, whose parameters are frozen (`plan.frozen`).
+        plan: the plan of the model, whose parameters are frozen (`plan.frozen`).
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -48,8 +49,8 @@ class OutsideUseInGraph(AbstractContextManager["OutsideUseInGraph"]):
             self._plan.ask(own, asks)
 
     def hide(self, where: str) -> list[nn.Parameter]:
-        """Freeze what the module owns, as its forward begins; what is to be shown when it ends."""
-        # Not what a module around this one has hidden already.
+        """Freeze a module's parameters as its forward begins; return those to show at its end."""
+        # A module around this one may have frozen some of them already.
         hidden = [p for p in self._owned[where] if p.requires_grad]
         self._plan.ask(hidden, False)
         return hidden
@@ -59,14 +60,15 @@ _SEVERAL = (list, tuple)
 
 
 class OutsideUse(TorchFunctionMode):
-    """Seen at the operations: for where parameters ask for gradients of their own.
+    """Mode that looks at every operation, for where parameters ask for gradients of their own.
 
     Args:
-        plan: of the model.
-        running: whether the forward of the module of a name is running.
+        plan: the plan of the model.
+        running: tells whether the forward of the module with a given name is running.
 
     Attributes:
-        found: names of the parameters; `Plan.widen` takes them.
+        found: names of the parameters that were used outside their modules; `Plan.widen` takes
+            them.
     """
 
     def __init__(self, plan: Plan, running: Callable[[str], bool]) -> None:
@@ -84,7 +86,7 @@ class OutsideUse(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Every operation of the model comes by: no more than a look at each argument.
+        # Every operation of the model passes here, so each argument gets a short look only.
         for x in (*args, *kwargs.values()) if kwargs else args:
             if id(x) in self.owners:
                 self._check(x, func, args, kwargs)
@@ -100,7 +102,7 @@ class OutsideUse(TorchFunctionMode):
             return
         if any(self.running(where) for where in owners):
             return
-        # Asking for its shape or dtype, or for zeros like it, is no use of it.
+        # Reading a parameter's shape or dtype, or making zeros like it, is no use of it.
         leaf = p.detach().requires_grad_()
         replaced = tree_map(lambda x: leaf if x is p else x, (args, kwargs))
         used = func(*replaced[0], **replaced[1])

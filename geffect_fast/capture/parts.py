@@ -1,6 +1,6 @@
-"""Tensors of which each rank holds a part: whose, which part, the whole, sums over parts.
+"""Tensors of which each rank holds a part: their holders, parts, wholes, and sums over parts.
 
-All ranks call what brings parts together.
+All ranks call the functions that bring parts together.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _of_hosts: weakref.WeakKeyDictionary[Ranks, list[weakref.ref[ProcessGroup]]] = (
 
 
 def mesh_over(ranks: Ranks, device: torch.device, *, by_host: bool = False) -> DeviceMesh:
-    """The ranks as FSDP takes them.
+    """The device mesh over the ranks, as FSDP takes it.
 
     Args:
-        ranks: of a process group.
-        device: of this rank.
-        by_host: `(hosts, ranks of a host)`, as torchrun has started them: those of a host have
-            numbers in a row; else all are in a row.
+        ranks: the ranks of a process group.
+        device: this rank's device.
+        by_host: whether the mesh is `(hosts, ranks of a host)`, where the ranks of a host have
+            consecutive numbers, as torchrun gives them; else the mesh has one dimension.
 
     Raises:
-        InputError: how many ranks each host has is not known, or not the same.
+        InputError: the number of ranks of a host is not known, or not the same on all hosts.
     """
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -60,7 +60,7 @@ def mesh_over(ranks: Ranks, device: torch.device, *, by_host: bool = False) -> D
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh:
-    """Over which ranks a model is shared out; it is put to rest."""
+    """The mesh of the ranks that share out a model; the model is put to rest."""
     from torch.distributed.tensor import DTensor
 
     put_to_rest(model)
@@ -71,8 +71,8 @@ def holders(own: nn.Parameter) -> ProcessGroup:
     """The ranks that together hold one copy of a parameter, in the order of their parts.
 
     Args:
-        own: what this rank holds of it, a `DTensor`. Of two dimensions of its mesh the first one
-            holds copies.
+        own: this rank's part of the parameter, a `DTensor`. If its mesh has two dimensions, the
+            first one counts copies.
     """
     from torch.distributed.tensor import DTensor
 
@@ -81,26 +81,26 @@ def holders(own: nn.Parameter) -> ProcessGroup:
 
 
 def parts_of(own: nn.Parameter) -> list[slice]:
-    """Of a parameter's first axis what each of its holders has."""
+    """The slice of a parameter's first axis that each of its holders has."""
     n_rows, n = own.shape[0], holders(own).size()
     each = -(-n_rows // n)  # as FSDP cuts
     return [slice(min(r * each, n_rows), min((r + 1) * each, n_rows)) for r in range(n)]
 
 
 def whole_of(value: Any) -> Any:
-    """What is given; a tensor that ranks share out is brought together, for which all call this."""
+    """The value as given; a tensor that ranks share out is brought together, so all call this."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def whole_values(values: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Values by key, of which tensors that ranks share out are brought together.
+    """Values by key, where tensors that ranks share out are brought together.
 
     Args:
-        values: tensors and others, the same keys on all ranks.
-        ranks: all of them.
+        values: tensors and other values, under the same keys on all ranks.
+        ranks: all ranks.
 
     Returns:
-        On the first rank all values, what was shared out on the CPU; on the others nothing.
+        On the first rank all values, with shared-out tensors on the CPU; on the others nothing.
     """
     whole: dict[str, Any] = {}
     for key, value in values.items():
@@ -111,29 +111,29 @@ def whole_values(values: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of a whole tensor that is shared out as another one is.
+    """This rank's part of a whole tensor, cut in the way that another tensor is shared out.
 
     Args:
-        whole: the same on all ranks, or shared out already.
-        like: of its shape; one that is whole itself keeps it whole.
+        whole: a tensor that is the same on all ranks, or shared out already.
+        like: a tensor of the same shape. If it is not shared out, `whole` stays whole.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(whole, DTensor) or not isinstance(like, DTensor):
         return whole
     where = like.to_local().device
-    # Every rank has it: nobody sends it. A view would keep the whole.
+    # Every rank has the tensor, so none sends it. A view would keep the whole in memory.
     return distribute_tensor(
         whole.to(where), like.device_mesh, like.placements, src_data_rank=None
     ).clone()
 
 
 def sum_over_parts(own: Tensor, of: Tensor) -> Tensor:
-    """The sum of what ranks have found of their parts of a tensor; what is whole has one.
+    """The sum over ranks of the results for their parts of a tensor; `own` of a whole tensor.
 
     Args:
-        own: this rank's, of any shape, where its part lies.
-        of: the tensor. Ranks that share it out all call this.
+        own: this rank's result, of any shape, on the device of its part.
+        of: the tensor. All ranks that share it out call this.
     """
     if not hasattr(of, "full_tensor"):
         return own

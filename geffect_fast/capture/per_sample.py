@@ -1,4 +1,4 @@
-"""One forward and one backward over rows whose losses are known one by one."""
+"""One recorded forward and backward over rows whose losses are known one by one."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def record_rows(
     """Hand the factors of every sample's gradient to `sink`; no weight gradient is formed.
 
     The first call for a model, a loss function and a structure of calls runs one backward more,
-    which shows that rows belong to the samples they are counted for. Of a model that ranks share
-    out, all of them call it, and all run what one of them must.
+    which shows that rows belong to the samples they are counted for. If ranks share out the model,
+    all of them call this function, and all run every pass that any of them needs.
 
     Args:
-        plan: of the model.
+        plan: the plan of the model.
         loss_fn: called with the model and `batch`.
         batch: whatever `loss_fn` takes.
-        axis: which rows are a sample's.
+        axis: the rows of each sample.
         sink, recording: as `Recorder` takes them.
 
     Returns:
         The losses `(n_samples,)`, detached.
 
     Raises:
-        InputError: losses that are not one a sample.
+        InputError: `loss_fn` does not return one loss for each sample.
         UnsupportedModelError: rows that cannot be told apart by sample, or losses that depend on no
             trainable parameter of the model.
     """
@@ -66,7 +66,7 @@ def record_rows(
             if plan.on_any_rank(is_open):
                 trial = recorder.weigh(losses, leaves)
                 if plan.on_any_rank(recorder.gave_positions):
-                    with torch.no_grad():  # where no hook changes anything
+                    with torch.no_grad():  # without gradients no hook changes anything
                         trial.compare_losses(losses, loss_fn(plan.model, batch))
             torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
             recorder.finish()

@@ -1,4 +1,4 @@
-"""Which module answers for which trainable parameter, and by which rule."""
+"""The plan of a capture: the module that owns each trainable parameter, and the module's rule."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from geffect_fast.ranks import here
 
 @dataclass(frozen=True)
 class Owner:
-    """A module that owns trainable parameters, and how their shares are found.
+    """A module that owns trainable parameters, with the rule for their shares.
 
     Attributes:
-        module: it.
-        names: of its parameters in the model, by the module's own name for each.
-        rule: what one call of it is to them.
-        factor: of the rule, such as the `1` in `1 + w` of a norm.
+        module: the module.
+        names: names of its trainable parameters in the model, by the module's own name for each.
+        rule: the rule, which is the class of its calls.
+        factor: the number that the rule found out, such as the `1` in `1 + w` of a norm.
     """
 
     module: nn.Module
@@ -48,12 +48,12 @@ class Owner:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many parameters a model has, each counted once however often it is used.
+    """Counts of a model's parameters, each counted once however often it is used.
 
     Attributes:
-        covered_parameters, covered_elements: trainable ones that a result speaks of.
-        trainable_parameters, trainable_elements: all that ask for a gradient.
-        frozen_parameters, frozen_elements: those that do not, and are left out.
+        covered_parameters, covered_elements: trainable parameters that a result covers.
+        trainable_parameters, trainable_elements: all parameters that ask for a gradient.
+        frozen_parameters, frozen_elements: parameters that ask for none, and are left out.
         tied: all names of every parameter that has several, its first name first.
     """
 
@@ -66,18 +66,18 @@ class Coverage:
     tied: tuple[tuple[str, ...], ...]
 
     def attributes(self) -> dict[str, int | str]:
-        """As attributes of a result."""
+        """The counts as attributes of a result."""
         return vars(self) | {"tied": json.dumps(self.tied)}
 
 
 @dataclass
 class Learned:
-    """What recordings have found out about a model, kept for as long as the model is there.
+    """Facts about a model that recordings have found out, kept for as long as the model exists.
 
     Attributes:
         called_again: names of modules that a forward calls more than once.
-        shown: loss functions with structures of calls whose rows were shown to belong to their
-            samples, see `attribution.code_of` and `Recorder.structure`.
+        shown: pairs of a loss function and a structure of calls whose rows were shown to belong to
+            their samples, see `attribution.code_of` and `Recorder.structure`.
         served: the rules of the calls that each parameter took part in, by its name.
     """
 
@@ -91,23 +91,23 @@ _LEARNED: WeakKeyDictionary[nn.Module, Learned] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Plan:
-    """Which module owns which trainable parameters, and the rule that is exact for each.
+    """The modules that own a model's trainable parameters, and the rule that is exact for each.
 
-    Made once a model; `Recorder`s are made from it, one a batch.
+    A plan is made once for a model. A `Recorder` is made from it for each batch.
 
     Attributes:
         model: the model.
         parameters: its trainable parameters by name (a tied one once, under its first name).
-        owners: by the module's name.
-            What modules without a forward hold (a `ParameterDict`, a parametrisation) belongs to
-            the module around them, whose local name for it has dots.
-        learned: what recordings of the model have taught, from any plan of it.
-        axes: what batches have taught about the axes of modules' outputs, see `Segments.rows`.
-        widened: names that `widen` was told of, in turn.
+        owners: the owners, by the module's name.
+            A parameter that a module without a forward holds (a `ParameterDict`, a parametrisation)
+            belongs to the module around that one, whose local name for the parameter has dots.
+        learned: facts that recordings of the model have found out, from any plan of the model.
+        axes: axes of the tokens in modules' outputs, learned from batches, see `Segments.rows`.
+        widened: the names that each call of `widen` was given, in order.
         shown: structures of calls whose rows were shown to belong to their samples, or `ANY`, see
             `Recorder.show_rows`.
-        shards: of a model whose parameters are shared out among ranks; those here are the whole
-            ones then. None: it holds them itself.
+        shards: the shards of a model whose parameters are shared out among ranks; `parameters` are
+            the whole ones then. None: the model holds its parameters itself.
     """
 
     model: nn.Module
@@ -121,14 +121,14 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module, *, may_be_sharded: bool = False) -> Plan:
-        """Look at every module once.
+        """Make the plan of a model, by one look at every module.
 
         Args:
             model: the model.
-            may_be_sharded: whether the caller knows of parameters that FSDP2 shares out.
+            may_be_sharded: whether the caller supports parameters that FSDP2 shares out.
 
         Raises:
-            InputError: it is no model or has no trainable parameter, or a module in train mode
+            InputError: `model` is no model or has no trainable parameter, or a module in train mode
                 drops activations or mixes the samples of a batch.
             UnsupportedModelError: the model is wrapped for several devices, or in an adapter whose
                 modules cannot be run again one by one.
@@ -171,7 +171,7 @@ class Plan:
             nested = any("." in k for k in of)
             groups = []
             if shards is not None and likeness(module) not in tried:
-                # It is tried, with its weights.
+                # `rule_for` tries the module with its weights, which must be whole.
                 groups = shards.groups_of([parameters[k] for k in of.values()])
             with nullcontext() if shards is None else shards.unsharded(groups):
                 rule, factor = (GenericCall, 1.0) if nested else rule_for(module, tried)
@@ -195,7 +195,7 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        """Of the trainable parameters, the first one's."""
+        """The device of the first trainable parameter."""
         return next(iter(self.parameters.values())).device
 
     def coverage(self, uncovered: Collection[str] = ()) -> Coverage:
@@ -226,7 +226,11 @@ class Plan:
         }
 
     def product_shares(self, columns: Sequence[int]) -> list[float]:
-        """Each column's share of a forward pass's products: of elements that multiply a token."""
+        """Each column's share of a forward pass's products, by elements that multiply a token.
+
+        Args:
+            columns: the column of each trainable parameter.
+        """
         multiplied = {
             name
             for own in self.owners.values()
@@ -249,16 +253,16 @@ class Plan:
             self.ask(self.parameters.values(), True)
 
     def ask(self, parameters: Iterable[nn.Parameter], asks: bool) -> None:
-        """Let some of `parameters` ask for gradients, or not."""
+        """Set whether `parameters` ask for gradients."""
         for p in parameters:
             p.requires_grad_(asks)
-            if self.shards is not None:  # a whole one does what the part does, each time it comes
+            if self.shards is not None:  # a whole one follows its part each time it is gathered
                 self.shards.own(p).requires_grad_(asks)
 
     def on_any_rank(self, is_so: bool) -> bool:
-        """Whether something is so here, or, of a model that ranks share out, on any of them.
+        """Whether `is_so` holds here or, if ranks share out the model, on any of them.
 
-        What takes a forward or backward all of them run, or none.
+        All ranks run a forward or backward of such a model, or none does.
         """
         return is_so if self.shards is None else any(self.shards.ranks.meet(is_so))
 
@@ -269,18 +273,19 @@ class Plan:
     def sharded_gradients(
         self, loss: Tensor, sources: Sequence[Tensor], *, more: bool
     ) -> Sequence[Tensor | None]:
-        """A loss's gradients by sources, where parameters are shared out.
+        """The gradients of a loss by its sources, where parameters are shared out.
 
-        By parameters, this rank's parts of the sum over all ranks' losses, inside `summing`; whole
-        ones would need the memory of all at once.
+        Gradients by parameters are this rank's parts of the sum over all ranks' losses, and are
+        taken inside `summing`. Whole gradients would need the memory of all parameters at once.
 
         Args:
             loss: a scalar.
-            sources: leaves, of which all parameters, in their order, may be the last.
+            sources: leaves; the last of them may be all parameters, in their order.
             more: whether another backward follows through the same graph.
 
         Returns:
-            None for those that it does not depend on, as those below a layer that it reads.
+            The gradient of each source. None for sources that the loss does not depend on, such as
+            those above a layer that it reads, and for the leaves before all parameters.
         """
         assert self.shards is not None
         n, parameters = len(self.parameters), list(self.parameters.values())
@@ -292,10 +297,10 @@ class Plan:
         return [*[None] * (len(sources) - n), *own]
 
     def sources(self) -> list[Tensor]:
-        """Parameters a backward to which passes by every module that is watched.
+        """Parameters such that a backward to them passes by every module that is watched.
 
-        Of those that are shared out the tables of embeddings, where there are any, as a gradient by
-        whole ones takes its memory.
+        If parameters are shared out, these are the tables of embeddings, where there are any,
+        because the gradient by every whole parameter takes memory.
         """
         parameters: list[Tensor] = list(self.parameters.values())
         tables: list[Tensor] = [
@@ -308,9 +313,9 @@ class Plan:
 
     @contextmanager
     def generic_at_hand(self) -> Iterator[None]:
-        """Inside, modules of the generic rule, which runs them again, have their parameters whole.
+        """Inside, modules of the generic rule, which runs them again, have whole parameters.
 
-        All ranks enter and leave it together.
+        All ranks enter and leave the block together.
         """
         if self.shards is None:
             yield
@@ -332,9 +337,9 @@ class Plan:
     def widen(self, names: Iterable[str]) -> None:
         """Give each parameter, used outside the modules that own it, to the module around them.
 
-        What a module uses of its children (`nn.MultiheadAttention` the weight of its `out_proj`, a
-        model the table of its embedding) it does so in its own forward, which the generic rule runs
-        again. That may be the whole model, once a sample.
+        A module may use a parameter of its children in its own forward (`nn.MultiheadAttention` the
+        weight of its `out_proj`, a model the table of its embedding), and the generic rule runs
+        that forward again. In the worst case this is the whole model, once for each sample.
 
         Raises:
             UnsupportedModelError: the owner is the model itself already.
@@ -364,18 +369,18 @@ class Plan:
 
 
 def _users(modules: Mapping[str, nn.Module], places: Sequence[str]) -> dict[str, str]:
-    """The modules whose forwards use what one module holds, and the way from each down to it.
+    """The modules whose forwards use one module's parameters, and the path from each down to it.
 
-    Itself, unless it is never called: a module without a forward (`ParameterDict`), or a part of a
-    parametrisation, which runs wherever the weight is read.
+    The user is the module itself, unless it is never called: a module without a forward
+    (`ParameterDict`), or a part of a parametrisation, which runs wherever the weight is read.
 
     Args:
-        modules: of the model, by all of their names.
-        places: all names of the module in it.
+        modules: all modules of the model, by all of their names.
+        places: all names of the module in the model.
 
     Returns:
-        Name of a module to the prefix (`""`, `lora_A.`) of its names for the parameters. Where the
-        same holder is shared by a module and one inside it, the outer one alone.
+        By the name of each user, the prefix (`""`, `lora_A.`) of its names for the parameters. If a
+        module and another one inside it share the same holder, only the outer one is a user.
     """
     found: dict[str, str] = {}
     for where in places:
@@ -426,19 +431,20 @@ def _inside(inner: str, outer: str) -> bool:
 def rule_for(
     module: nn.Module, tried: dict[Hashable, tuple[type[Call], float]]
 ) -> tuple[type[Call], float]:
-    """The rule that is exact for `module`, and the factor it found.
+    """The rule that is exact for `module`, and the factor that the rule found.
 
-    Its type's own rule, that of the norms, or the generic one.
+    The rule is that of the module's type, that of norms, or the generic one.
 
     Args:
-        module: owns trainable parameters.
-        tried: what was found out about others, by `likeness`; learned here.
+        module: a module that owns trainable parameters.
+        tried: rules and factors of modules tried before, by `likeness`; this module's is added.
     """
     like = likeness(module)
     if like is not None and like in tried:
         return tried[like]
     found: tuple[type[Call], float] = (GenericCall, 1.0)
-    # Not where `forward` was replaced on the object, nor where other parameters make the weight.
+    # Only the generic rule is exact where `forward` was replaced on the object, or where parameters
+    # of other names make the weight.
     if "forward" not in vars(module) and module._parameters.keys() <= {"weight", "bias"}:
         kinds = (qualified(base) for base in type(module).__mro__)
         rules: list[type[Call]] = [Call.rules[kind] for kind in kinds if kind in Call.rules]

@@ -1,4 +1,4 @@
-"""Which precisions a model computes in, and the one that sums are taken in."""
+"""The precisions that a model computes in, and the one that sums are taken in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COARSEST_FIRST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def precisions(model: nn.Module) -> set[torch.dtype]:
-    """What a model computes in: its weights' precisions, frozen ones too, and that of autocast."""
+    """The precisions that a model computes in: those of all its weights, and that of autocast."""
     parameters = list(model.parameters())
     dtypes = {p.dtype for p in parameters if p.dtype in COARSEST_FIRST}
     for kind in {p.device.type for p in parameters}:

@@ -1,4 +1,4 @@
-"""What a module computes, found out by trying it: linear layers, norms, embeddings of any name."""
+"""Trials that find out what a module computes: linear layers, norms, embeddings of any name."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def forward_alone(
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
 ) -> Any:
-    """The module's own forward with other parameters: no hook runs a second time."""
+    """Run the module's own forward with other parameters, so that no hook runs a second time."""
     replaced = {f"module.{name}": p for name, p in parameters.items()}
     return functional_call(_Bare(module), replaced, args, kwargs)
 
 
 def likeness(module: nn.Module) -> Hashable | None:
-    """Equal for modules that compute the same but for the values of their parameters.
+    """A key that is equal for modules that compute the same but for their parameters' values.
 
-    None where that cannot be told: something inside it is neither a parameter nor a plain value.
+    None where that cannot be told: something inside `module` is neither a parameter nor a plain
+    value.
     """
     own = {k: v for k, v in vars(module).items() if k not in _EVERY_MODULE}
     if module._modules or module._buffers or not all(map(_is_plain, own.values())):
@@ -60,9 +61,9 @@ def _is_plain(x: object) -> bool:
 def is_linear(module: nn.Linear) -> bool:
     """Whether a module with a forward of its own computes `x W^T + b` all the same, as Falcon's do.
 
-    Tried on rows from tiny to large, which tells it from one that rounds or limits its input, and
-    by its gradients, as it may detach its weight. What could change from call to call (buffers,
-    children) rules it out.
+    The module is tried on rows from tiny to large, which shows one that rounds or limits its input.
+    Its gradients are compared too, because it may detach its weight. Buffers and children, which
+    could change from call to call, rule a module out.
     """
     if any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return False
@@ -98,11 +99,12 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def embedding_scale(module: nn.Embedding) -> float | None:
-    """The factor `s` of an embedding `y = s W[id]`, or None where it is no such thing.
+    """The factor `s` of an embedding `y = s W[id]`; None where the module computes something else.
 
     Gemma's embeddings multiply by `sqrt(d)`. The factor is the derivative itself, taken by forward
     mode on a small table, and accepted only where the module is linear with it. The table has more
-    rows than are looked up: one that shifts its ids is to be seen, not to run over the end.
+    rows than are looked up, so that a module that shifts its ids is noticed and does not run over
+    the end.
     """
     n_rows = max(64, (module.padding_idx or 0) + 1)
     table = torch.linspace(-1, 1, n_rows * module.embedding_dim).view(n_rows, -1)
@@ -125,7 +127,7 @@ def embedding_scale(module: nn.Embedding) -> float | None:
 def norm_with(
     module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """What the norm returns with this weight and bias (None: zero)."""
+    """The output of a norm with this weight and bias (None: zero)."""
     replaced = {"weight": weight}
     if getattr(module, "bias", None) is not None:
         replaced["bias"] = torch.zeros_like(weight) if bias is None else bias
@@ -135,8 +137,9 @@ def norm_with(
 def norm_offset(module: nn.Module) -> float | None:
     """0 for `y = xhat w + b`, 1 for `y = xhat (1 + w) + b`, None for anything else.
 
-    Tried on random rows against the module with weights 0, 1 and random. Three axes of different
-    sizes: a norm over other axes than the last (of groups, of a batch) cannot be taken for one.
+    The formula is tried on random rows against the module with weights 0, 1 and random. The rows
+    have three axes of different sizes, so that a norm over other axes than the last (of groups, of
+    a batch) cannot pass for one over the last.
     """
     own = dict(module.named_parameters(recurse=False))
     weight, bias = own.pop("weight", None), own.pop("bias", None)

@@ -42,13 +42,16 @@ that compute in fp32 inside are why the first figure is not smaller."""
 
 
 def in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` with the precision of its arguments, not that of the model around the call."""
+    """`function`, computing in the precision of its arguments, not in that of the surroundings.
+
+    Autocast and the switches that let products of fp32 numbers drop bits are off inside.
+    """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         exact = products_are_ieee()
-        if exact and not kinds:  # entering a context alone takes as long as many a product
+        if exact and not kinds:  # entering a context takes as long as many products do
             return function(*args, **kwargs)
         with ExitStack() as stack:
             if not exact:
@@ -80,7 +83,7 @@ def _promoted(x: Tensor, y: Tensor) -> torch.dtype:
 
 @in_own_precision
 def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
-    """`z[m, t] = V_m a_t`, the half of an inner product that no objective changes.
+    """`z[m, t] = V_m a_t`, the half of an inner product that is the same for all objectives.
 
     Args:
         a: `(rows, d_in)`.
@@ -102,7 +105,7 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
     """`score[m, i] = <grad_i, V_m>`.
 
     Args:
-        factor: of one parameter.
+        factor: a factor of one parameter.
         direction: `(M, *parameter.shape)`.
         z: `project(a, direction)` or the looked-up rows `V_m[ids]`, `(M, rows, d)`, where it is
             kept for several objectives.
@@ -135,13 +138,14 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
 
 
 class InnerProducts:
-    """Receives a recorder's factors, and finds their inner products with directions.
+    """A recorder's sink that computes inner products of the factors with directions.
 
     Args:
-        direction_of: `(M, *shape)` of a parameter by its name; None: it is left out.
+        direction_of: gives a parameter's directions, `(M, *shape)`, by its name; None: the
+            parameter is left out.
 
     Attributes:
-        found: parameters' names with their products `(M, n_samples)`, as factors arrived.
+        found: parameters' names with their products `(M, n_samples)`, in the order of arrival.
     """
 
     def __init__(self, direction_of: Callable[[str], Tensor | None]) -> None:
@@ -156,18 +160,18 @@ class InnerProducts:
 
 
 def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor | None:
-    """`inner` with a jvp a direction in place of a vjp a sample; None where that is not exact.
+    """`inner` by one jvp for each direction, with no vjp of single samples; None if not exact.
 
-    Their sum over samples must be the product with the whole gradient, which one vjp gives: modules
-    without forward mode, and those that drop a tangent in silence, are seen there.
+    The sum of the products over samples must be the product with the whole gradient, which one vjp
+    gives. This shows modules without forward mode and modules that silently drop a tangent.
     """
     whole = factor.whole()
     if direction.dtype != whole.dtype:
-        return None  # a bf16 module moved along a direction in fp32: rounding it would cost digits
+        return None  # for a bf16 module an fp32 direction would have to be rounded, and lose digits
     scores, sizes = [], []
     for v in direction:
         tangents = factor.jvp(v)
-        if not tangents:  # nor where nothing that the module returned was used
+        if not tangents:  # there is no forward mode, or none of the module's outputs was used
             return None
         # The module's children have parameters that may ask for gradients of their own.
         moved = [(t.tangent.detach(), t.g, t.cu.on(t.g.device)) for t in tangents]
@@ -185,10 +189,10 @@ def add_weighted_sum(factor: Outer | Lookup | RowSum, weights: Tensor, total: Te
     """`total += sum_i weights[i] grad_i`, by one product with weighted output gradients.
 
     Args:
-        factor: of one parameter.
+        factor: a factor of one parameter.
         weights: `(n_samples,)` fp64.
-        total: of the parameter's shape. Nothing of its size is made beside it where it has the
-            working precision, fp32 or better; else the sum is rounded once.
+        total: a tensor of the parameter's shape. If it has the working precision, fp32 or better,
+            nothing of its size is made beside it; else the sum is rounded once.
     """
     if isinstance(factor, RowSum):
         total += (weights.to(factor.sums) @ factor.sums).view_as(total)
@@ -246,7 +250,7 @@ def _sum(terms: list[Tensor]) -> Tensor:
 
 @in_own_precision
 def squared_norms_of_one_input(outers: Sequence[Outer | GramOuter]) -> Tensor:
-    """`||grad_i||_F^2` of all weights together of layers with one input, `(n,)` fp64."""
+    """`||grad_i||_F^2` over the weights of all layers that share one input, `(n,)` fp64."""
     first, gs = outers[0], [f.g for f in outers]
     cu = first.cu.on(first.g.device)
     if isinstance(first, GramOuter):
@@ -257,23 +261,24 @@ def squared_norms_of_one_input(outers: Sequence[Outer | GramOuter]) -> Tensor:
 
 
 def table_cells(lookups: Sequence[Lookup]) -> Tensor:
-    """Of every looked-up row its sample's number times the table's entries, plus its id, int64."""
+    """A key for every looked-up row, int64: its sample's number times the entries, plus its id."""
     samples = torch.cat([torch.repeat_interleave(torch.tensor(f.cu.lengths)) for f in lookups])
     first = on_device(samples * lookups[0].n_entries, lookups[0].g.device)
     return first + torch.cat([f.ids for f in lookups])
 
 
 def _table_norms(lookups: list[Lookup]) -> Tensor:
-    """`||grad_i||_F^2` of a table: the gradients of each of its rows that sample `i` looked up."""
+    """`||grad_i||_F^2` of a table, added up over the rows that sample `i` looked up."""
     n, n_entries, device = n_samples(lookups[0]), lookups[0].n_entries, lookups[0].g.device
     keys, order = table_cells(lookups).sort(stable=True)
-    # Rows that one sample looked up under one id are neighbours: a cell, at most one a row.
+    # Rows that one sample looked up under one id are neighbours now, and form a cell. There are at
+    # most as many cells as rows.
     begins = torch.cat([keys.new_zeros(min(1, len(keys))), (keys.diff() != 0).long()])
     cell, number = begins.cumsum(0), torch.arange(len(keys) + 1, device=device)
     g = torch.cat([f.g for f in lookups])[order]
     squares = sum_between(g, torch.searchsorted(cell, number)).square().sum(1)
     first = torch.searchsorted(keys, torch.arange(n + 1, device=device) * n_entries)
-    # The cell that each sample begins with; behind the last row, none is left.
+    # The cell that each sample begins with. A sample that begins behind the last row has none.
     cells = torch.cat([cell, cell.new_full((1,), len(keys))])
     return sum_between(squares, cells[first])
 
@@ -294,13 +299,14 @@ def _pairwise(x: Factor, y: Factor, shape: torch.Size) -> Tensor:
         return _lookup_pairs(x, y)
     if isinstance(x, Lookup) and isinstance(y, Outer):
         return _pairwise(y, x, shape).T
-    # One side formed a sample at a time, as a direction for the other: exact for anything.
+    # Exact for any factors: the gradients of one side are formed, a sample at a time, and serve as
+    # directions for the other.
     rows = [inner(y, gradient(x, i).reshape(1, *shape))[0] for i in range(n_samples(x))]
     return torch.stack(rows)
 
 
 def _lookup_pairs(x: Outer | Lookup, y: Lookup) -> Tensor:
-    """`<grad_i, grad_j>` for every sample `i` of `x` and `j` of a table's `y`, `(n, n2)` fp64."""
+    """`<grad_i, grad_j>` for every sample `i` of `x` and `j` of the table `y`, `(n, n2)` fp64."""
     out = torch.zeros(n_samples(x), n_samples(y), dtype=torch.float64, device=y.g.device)
     starts = y.cu.host
     for i, rows in enumerate(x.cu):
@@ -317,8 +323,8 @@ def _lookup_gram(x: Outer | Lookup, rows: slice, y: Lookup, columns: slice) -> T
     if isinstance(x, Lookup):
         same = x.ids[rows, None] == ids[None, :]
         return ((widened(x.g[rows]) @ g.T) * same).double()
-    # The table is (n_entries, d): the side of the outer product that runs over entries is the one
-    # that the ids pick from.
+    # The table is (n_entries, d), so ids pick from the side of the outer product that runs over
+    # entries.
     entries, width = (x.a, x.g) if x.transposed else (x.g, x.a)
     return ((widened(width[rows]) @ g.T) * entries[rows][:, ids]).double()
 

@@ -32,22 +32,23 @@ Sink = Callable[[str, list[Factor], list[Tensor | None]], None]
 
 @dataclass(frozen=True)
 class Recording:
-    """What is kept of a forward for its backwards, and how factors are handed over.
+    """Choices of a recording: what a forward keeps for its backwards, and how factors arrive.
 
     A parameter's factors are handed over as soon as the output gradient of a call has arrived,
-    unless they are joined; those of the generic rule when the backward is over, as it needs the
-    gradients of all of a module's outputs.
+    unless they are joined. Factors of the generic rule are handed over when the backward is over,
+    because the rule needs the gradients of all of a module's outputs.
 
     Attributes:
-        joined: those of a parameter that was used several times are handed over together, when the
-            backward is over: for what is not additive over calls, such as norms.
-        one_backward: there is a single one, so that what a call holds is let go of as soon as its
-            gradient has arrived: the backward's own memory then comes from there.
-        directions: `(M, *shape)` a parameter; given, what inner products with them share between
-            objectives is computed in the forward and kept.
-        norms_alone: norms are all that is asked of the factors: what they need of inputs is
-            computed in the forward and kept in place of them, as `GramOuter`, but where a parameter
-            is used twice, for which norms need the inputs.
+        joined: whether all factors of a parameter that is used several times are handed over
+            together, when the backward is over. Quantities that are not additive over calls, such
+            as norms, need this.
+        one_backward: whether a single backward follows, so that a call's tensors are let go of as
+            soon as its gradient has arrived, and the backward reuses their memory.
+        directions: `(M, *shape)` by parameter. If given, the half of the inner products with them
+            that all objectives share is computed in the forward and kept.
+        norms_alone: whether factors are used for norms alone. Then the forward computes what norms
+            need of the inputs and keeps it in their place, as `GramOuter`, except where a parameter
+            is used twice, for which norms need the inputs themselves.
     """
 
     joined: bool = False
@@ -57,24 +58,24 @@ class Recording:
 
 
 class Recorder:
-    """Context manager: inside it, every backward hands factors of per-sample gradients to `sink`.
+    """A context in which every backward hands factors of per-sample gradients to `sink`.
 
     Args:
-        plan: of the model.
+        plan: the plan of the model.
         sink: receives the factors.
-        segments: the sample axis of the next forward; set before it runs.
-        recording: what is kept, and how it is handed over.
+        segments: the sample axis of the next forward; set before the forward runs.
+        recording: what is kept, and how factors are handed over.
 
     Attributes:
         calls: every call that was seen and is still held, by its number.
         roots: leaves that a backward must reach when parameters are frozen.
-        structure: what was called, in order, and how the axes of what it returned compare with the
-            batch's: calls of one structure count their rows for samples in one way.
+        structure: the modules called, in order, and how the axes of their outputs compare with the
+            batch's. Forwards of one structure count rows for samples in the same way.
         called_again: names of modules called twice whose first inputs are gone, as norms alone were
-            asked for. The plan is to learn them, and the forward to run again.
-        gave_positions: whether position ids of all samples were given to each, which a model might
-            not take.
-        attribution: set, backwards are noted by it and compared, as it says.
+            asked for. The plan has to learn them, and the forward has to run again.
+        gave_positions: whether position ids shared by all samples were expanded to each sample,
+            which a model might not take.
+        attribution: the trial, if one is running, that notes and compares backwards.
     """
 
     def __init__(
@@ -136,16 +137,17 @@ class Recorder:
             waiting.clear()
 
     def leaves_of(self, losses: Tensor) -> list[Tensor] | None:
-        """All leaves that losses depend on, of a forward inside `showing_parameters`.
+        """All leaves that losses depend on, after a forward inside `showing_parameters`.
 
-        None where the forward taught the plan something: it is to run again, by another recorder.
+        None where the plan learned something from the forward, which then has to run again with
+        another recorder.
 
         Raises:
             UnsupportedModelError: a parameter is used outside the model.
         """
         leaves, shards = leaves_of(losses), self.plan.shards
         outside, again = self.plan.names_of(leaves), self.called_again
-        if shards is not None:  # rows of one rank teach all of them
+        if shards is not None:  # all ranks learn what the rows of any of them show
             told = shards.ranks.meet((outside, again))
             seen = {name for names, _ in told for name in names}
             outside = [name for name in self.plan.parameters if name in seen]
@@ -163,7 +165,7 @@ class Recorder:
         lets ask for a gradient (`enable_input_require_grads`).
 
         Raises:
-            InputError: there is none, and `y` depends on no trainable parameter.
+            InputError: there is no leaf, so `y` depends on no trainable parameter.
         """
         leaves = leaves_of(y)
         if not leaves:
@@ -175,11 +177,11 @@ class Recorder:
         return [leaf for leaf in leaves if id(leaf) not in parameters]
 
     def weigh(self, losses: Tensor, sources: Sequence[Tensor]) -> Attribution:
-        """Run the backward of a trial of rows, which the next backward is compared with.
+        """Run the first backward of a trial of rows; the next backward is compared with it.
 
         Args:
-            losses: `(n_samples,)`, of which each depends on its own sample alone.
-            sources: what a backward must reach.
+            losses: `(n_samples,)`, each of which depends on its own sample alone.
+            sources: the leaves that a backward must reach.
         """
         trial = self.attribution = Attribution(self.plan.model, len(losses))
         torch.autograd.grad(trial.weighted(losses), sources, retain_graph=True, allow_unused=True)
@@ -187,9 +189,9 @@ class Recorder:
         return trial
 
     def to_be_shown(self) -> bool:
-        """Whether it is still open that rows belong to the samples they are counted for.
+        """Whether rows still have to be shown to belong to the samples they are counted for.
 
-        Positions are no samples, and are asked for where samples were shown.
+        Where every token is a segment nothing is shown: rows of samples were shown before.
         """
         axis, shown = self.segments, self.plan.shown
         if axis is None or axis.per_token:
@@ -198,15 +200,15 @@ class Recorder:
         return self.plan.on_any_rank(is_open)
 
     def show_rows(self, losses: Tensor, sources: Sequence[Tensor]) -> None:
-        """Show that rows belong to the samples they are counted for, once a structure of calls.
+        """Show that rows belong to the samples they are counted for, once for a structure of calls.
 
-        It takes two backwards, from which nothing is handed over.
+        This takes two backwards, which hand over no factors.
 
         Args:
             losses, sources: as `weigh` takes them.
 
         Raises:
-            UnsupportedModelError: they do not; the module is named.
+            UnsupportedModelError: rows do not belong to their samples; the module is named.
         """
         trial = self.weigh(losses, sources)
         trial.alone = True
@@ -217,7 +219,7 @@ class Recorder:
 
     @contextmanager
     def showing_parameters(self) -> Iterator[None]:
-        """Inside, a graph that is made shows which parameters were used elsewhere."""
+        """Inside, the graph of a forward shows parameters that are used outside their modules."""
         try:
             with OutsideUseInGraph(self.plan) as self._outside:
                 yield
@@ -229,9 +231,9 @@ class Recorder:
         return bool(self._entered.get(where))
 
     def finish(self) -> None:
-        """Hand over what waited for the end of the backward; call it after every backward.
+        """Hand over the factors that waited for the end of a backward; call it after each one.
 
-        A sink that has a `finish` of its own is told then that everything has arrived.
+        If the sink has a `finish` of its own, it is called last, when every factor has arrived.
         """
         waiting, self._waiting = self._waiting, {}
         with self.plan.generic_at_hand():
@@ -257,7 +259,8 @@ class Recorder:
                 of_each = _ids_of_each(module, args, self.segments)
                 self.gave_positions |= of_each is not args
                 args = of_each
-            # The generic rule runs the module again, its hooks included: it takes what came in.
+            # The generic rule runs the module again, other hooks included, so it takes the
+            # arguments from before those hooks.
             again = len(args) + len(kwargs) != 1 or self.plan.owners[where].rule is GenericCall
             inputs = Inputs.of(args, kwargs) if again else None
         hidden = [] if self._outside is None else self._outside.hide(where)
@@ -307,7 +310,7 @@ class Recorder:
             # layers on an identity matrix, and detaches what they return.
             with torch.no_grad(), suppress(UnsupportedModelError):
                 kept = call.constants(self.recording.directions)
-        if isinstance(output, Tensor):  # most are, and pytrees take a while
+        if isinstance(output, Tensor):  # the most common output; pytrees take a while
             grafted = self._graft(rule, output)
         else:
             leaves, structure = tree_flatten(output)
@@ -326,7 +329,7 @@ class Recorder:
         return grafted
 
     def _condense(self, call: Call, output: Any) -> None:
-        """Let a call keep what norms need alone, where it is its module's first one."""
+        """Let a module's first call keep only what norms need; note a second call."""
         if call.where in self._condensed:
             self.called_again.add(call.where)
         elif self._uses[next(iter(call.names.values()))] == 1 and self.segments is not None:
@@ -340,13 +343,13 @@ class Recorder:
         if not isinstance(y, Tensor) or not y.is_floating_point():
             return y
         if y.requires_grad:
-            # One output may be computed from another, or be an input handed on: a copy receives the
-            # gradient of what happens outside the module alone. A view would not do, as its hooks
-            # are lost when the model changes it in place.
+            # One output may be computed from another, or be an input handed on. A copy receives
+            # only the gradient from outside the module. A view would not do, as its hooks are lost
+            # when the model changes it in place.
             return y.clone() if rule is GenericCall or y._is_view() else y
         leaf = y.detach().requires_grad_()
         self.roots.append(leaf)
-        return leaf.clone()  # not the leaf itself: the model may go on to change it in place
+        return leaf.clone()  # not the leaf itself, which the model might change in place
 
     @torch.no_grad()
     def _arrived(self, index: int, position: int, kept: dict[str, Tensor], g: Tensor) -> None:
@@ -377,10 +380,10 @@ class Recorder:
 
 
 def _ids_of_each(module: nn.Module, args: tuple[Any, ...], segments: Segments) -> tuple[Any, ...]:
-    """Position ids `(1, length)` shared by several sequences, given to each of them."""
+    """A module's arguments, with position ids `(1, length)` of all sequences expanded to each."""
     if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
         ids, n, length = args[0], segments.n_rows, segments.length or 0
-        # A single one may be anything, such as the one distance within a sample of one token.
+        # A single id may be anything, such as the one distance within a sample of one token.
         if n > 1 and length > 1 and ids.shape == (1, length):
             return (ids.expand(n, length), *args[1:])
     return args

@@ -1,4 +1,4 @@
-"""Which rows of a module's input belong to which sample, or to which token."""
+"""Segments: the rows of a module's input that belong to each sample, or to each token."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Offsets:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Offsets:
-        """Of segments of these lengths."""
+        """Offsets of consecutive segments of these lengths."""
         total, host = 0, [0]
         for length in lengths:
             host.append(total := total + length)
@@ -45,19 +45,19 @@ class Offsets:
         return len(self.host) - 1
 
     def on(self, device: torch.device) -> Tensor:
-        """`(n + 1,)` int32 on `device`."""
+        """The offsets, `(n + 1,)` int32, on `device`."""
         if device not in self._moved:
             self._moved[device] = on_device(torch.tensor(self.host, dtype=torch.int32), device)
         return self._moved[device]
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Of every segment."""
+        """The length of every segment."""
         return [end - start for start, end in pairwise(self.host)]
 
     @cached_property
     def one_length(self) -> int | None:
-        """The length of every segment; None where they differ, or are empty."""
+        """The one length of all segments; None where lengths differ or segments are empty."""
         lengths = set(self.lengths)
         return (lengths.pop() or None) if len(lengths) == 1 else None
 
@@ -75,10 +75,10 @@ def checked_offsets(cu_seqlens: Any, n_tokens: int | None) -> Tensor:
 
     Args:
         cu_seqlens: `(n_samples + 1,)` ascending integers from 0, a tensor or a list.
-        n_tokens: where the last sample ends; None: not known.
+        n_tokens: the end of the last sample; None: not known.
 
     Raises:
-        InputError: they are no such offsets.
+        InputError: `cu_seqlens` holds no such offsets.
     """
     try:
         offsets = torch.as_tensor(cu_seqlens).detach().cpu()
@@ -94,12 +94,12 @@ def checked_offsets(cu_seqlens: Any, n_tokens: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """How the rows of a tensor `(..., d)` lie: those of one sample are neighbours in `flat(x)`.
+    """The layout of a tensor's rows `(..., d)`: rows of one sample are neighbours in `flat(x)`.
 
     Attributes:
-        cu: offsets of the samples among them.
-        axis, front: the axis of the tokens, and where it is moved to before axes are merged:
-            elsewhere in `(batch, heads, tokens, d)`, in place in `(batch, tokens, heads, d)`.
+        cu: offsets of the samples among the rows of `flat(x)`.
+        axis, front: the axis of the tokens, and the place it is moved to before axes are merged. It
+            moves in `(batch, heads, tokens, d)` and stays in `(batch, tokens, heads, d)`.
     """
 
     cu: Offsets
@@ -126,16 +126,17 @@ class Rows:
 class Segments:
     """The sample axis of one forward pass.
 
-    Packed: every entry of `token_offsets` is one way of counting tokens (all of them; those whose
-    logits are kept), as `(n_samples + 1,)` offsets. Rectangular: `rows_per_sample` neighbouring
-    rows of the input a sample, `length` tokens each. With `per_token` every token counts as a
-    sample of its own, which is how effects are resolved by position.
+    In a packed batch every entry of `token_offsets` is one way of counting tokens (all of them, or
+    those whose logits are kept), as `(n_samples + 1,)` offsets. In a rectangular batch a sample has
+    `rows_per_sample` neighbouring rows of the input, with `length` tokens each. With `per_token`
+    every token counts as a sample of its own, which is how effects are resolved by position.
 
     Attributes:
         n_samples: number of samples, or of tokens.
         token_offsets: the samples' offsets, empty for a rectangular batch.
-        rows_per_sample: sequences a sample in a rectangular batch.
-        length: tokens a sequence in a rectangular batch; None where it is not known or packed.
+        rows_per_sample: sequences of one sample in a rectangular batch.
+        length: tokens of one sequence in a rectangular batch; None where the length is not known,
+            and in a packed batch.
         per_token: whether every token is a segment.
     """
 
@@ -159,8 +160,8 @@ class Segments:
 
         Args:
             cu: `(n_samples + 1,)` offsets of the samples among the tokens, on the CPU.
-            kept: ascending positions of the tokens whose logits are asked for, where not all are,
-                on the CPU.
+            kept: ascending positions of the tokens whose logits are asked for, on the CPU; None:
+                all tokens.
         """
         offsets = Offsets(tuple(cu.tolist()))
         if kept is None:
@@ -176,9 +177,9 @@ class Segments:
 
     @classmethod
     def tokens(cls, shape: Sequence[int], kept: Tensor | None = None) -> Segments:
-        """Every token of an input of `shape` `(n_rows, length)` by itself; `kept` as in `packed`.
+        """Every token of an input of `shape` `(n_rows, length)` as a sample; `kept` as in `packed`.
 
-        One row is taken for packed samples.
+        An input of one row counts as packed.
         """
         n_rows, length = shape
         if n_rows == 1:
@@ -196,7 +197,10 @@ class Segments:
         return self.n_samples * self.rows_per_sample
 
     def likeness(self, shape: Sequence[int]) -> tuple[tuple[bool, ...], ...]:
-        """Which of the batch's own numbers each axis of a shape equals: all that `rows` goes by."""
+        """Flags for each axis of a shape: the batch's own numbers that the axis equals.
+
+        `rows` goes by nothing else.
+        """
         totals = {o.host[-1] for o in self.token_offsets}
         own = (1, self.n_samples, self.n_rows, self.length, self.n_rows * (self.length or 1))
         return tuple((*(size == k for k in own), size in totals) for size in shape)
@@ -204,13 +208,13 @@ class Segments:
     def rows(
         self, shape: Sequence[int], where: str, known: dict[tuple[str, int], int] | None = None
     ) -> Rows:
-        """How the rows of a tensor lie whose axes but the last, of features, have this `shape`.
+        """The layout of a tensor's rows, by its axes without the last one, that of features.
 
         Args:
-            shape: all axes of a module's input but the feature axis.
+            shape: all axes of a module's input or output but the feature axis.
             where: the module's name, for the error.
-            known: the axis of the tokens by module and number of axes, from batches where its size
-                leaves no doubt, for those where another axis is as large; learned here.
+            known: the axis of the tokens, by module and number of axes. It is learned here from
+                batches where its size leaves no doubt, and used where another axis is as large.
 
         Raises:
             UnsupportedModelError: the rows cannot be told apart by sample (a router sent tokens
@@ -252,9 +256,9 @@ class Segments:
         )
 
     def _axis(self, shape: tuple[int, ...]) -> tuple[int | None, int]:
-        """The axis of the tokens, None where its size leaves doubt, and where to move it to.
+        """The axis of the tokens, None where its size leaves doubt, and the place to move it to.
 
-        In a batch of whole sequences it is the first, of the sequences.
+        In a batch of whole sequences it is the first axis, that of the sequences.
         """
         if not shape:
             return None, 0
@@ -271,8 +275,8 @@ class Segments:
         found = [k for k, size in enumerate(shape) if k >= front and size in sizes]
         if found[:1] != [front]:
             return (found[0] if len(found) == 1 else None), front
-        # A later axis of that size (as many heads as tokens) could be the token axis as well; one
-        # as large as the tokens whose logits are kept could not, behind an axis of all tokens.
+        # A later axis of the same size (as many heads as tokens) could be the token axis as well.
+        # An axis as large as the number of kept tokens could not, behind an axis of all tokens.
         behind = shape[front + 1 :]
         return (None if shape[front] in behind or n_tokens in behind else front), front
 
@@ -293,7 +297,7 @@ class Segments:
         return Offsets(tuple(each * i for i in range(self.n_samples + 1)))
 
     def _fits(self, shape: tuple[int, ...], axis: int) -> bool:
-        """Whether the sequences of a batch that is not packed, or their tokens, lie along it."""
+        """Whether the sequences of an unpacked batch, or their tokens, lie along `axis`."""
         size = shape[axis]
         if self.per_token and axis > 0:
             return shape[0] == self.n_rows and size == self.length
@@ -314,8 +318,8 @@ def segment_product(x: Tensor, y: Tensor, cu: Offsets) -> Tensor:
 def segment_sum(values: Tensor, cu: Offsets) -> Tensor:
     """Sums of consecutive rows, `(rows, ...)` to `(n, ...)` fp64, in a fixed order.
 
-    In fp64, but for segments of one length on a CPU: there torch adds in blocks, which in fp32
-    rounds no worse than once or twice, and takes a quarter of the time.
+    Sums are taken in fp64, except for segments of one length on a CPU. There torch adds in blocks,
+    which in fp32 rounds no worse than once or twice, and takes a quarter of the time.
     """
     if values.is_cpu and cu.one_length is not None:
         each = widened(values).reshape(len(cu), cu.one_length, *values.shape[1:])
@@ -324,9 +328,9 @@ def segment_sum(values: Tensor, cu: Offsets) -> Tensor:
 
 
 def sum_between(values: Tensor, offsets: Tensor) -> Tensor:
-    """`segment_sum` where only the device knows the offsets, `(n + 1,)`."""
+    """`segment_sum` with offsets, `(n + 1,)`, that only the device knows."""
     lengths, values = offsets.long().diff(), values.double()
-    if values.is_cpu:  # there the order is fixed, and many times faster
+    if values.is_cpu:  # `index_add_` has a fixed order there, and is many times faster
         out = values.new_zeros(lengths.numel(), *values.shape[1:])
         return out.index_add_(0, torch.repeat_interleave(lengths), values)
     # `unsafe`: without it torch waits for the device to see that the lengths add up, as they do.

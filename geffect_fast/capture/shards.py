@@ -1,8 +1,9 @@
 """Models whose parameters FSDP2 (`torch.distributed.fsdp.fully_shard`) has shared out among ranks.
 
-Each parameter is there twice: a part of it on every rank, which the model holds at rest, and the
-whole, whose memory comes before a group's forward or backward and goes after it. Modules see the
-whole one, so hooks, rules and graphs know parameters by it; sums of gradients stay in parts.
+Each parameter exists twice: as a part on every rank, which the model holds at rest, and as a whole,
+whose memory is there only during a forward or backward of its group. Modules see the whole
+parameter, so hooks, rules and graphs identify parameters by the whole one. Sums of gradients stay
+in parts.
 """
 
 from __future__ import annotations
@@ -38,22 +39,23 @@ def shard(
     mesh: DeviceMesh | None = None,
     sent: bool = False,
 ) -> None:
-    """Share out a model's parameters among ranks, in place: every block a group, the rest another.
+    """Share out a model's parameters among ranks, in place, by groups: the blocks, and the rest.
 
-    Gradients are added up in fp32. Blocks are what the longest list of modules holds.
+    Gradients are added up in fp32, or in fp64 if all parameters are fp64. Blocks are the modules of
+    the model's longest list of modules.
 
     Args:
-        model: of transformers, the same on all ranks, on the CPU or its rank's device.
-        ranks: of a process group.
-        device: where the parts will be.
-        what: what messages call the model.
-        mesh: of all ranks, of which a second dimension, as of `mesh_over`, has the parts of one
-            copy; None: in a row.
+        model: a model of transformers, the same on all ranks, on the CPU or its rank's device.
+        ranks: the ranks of a process group.
+        device: the device that will hold the parts.
+        what: the name of the model in messages.
+        mesh: the mesh of all ranks; a second dimension, as of `mesh_over`, holds the parts of one
+            copy. None: a mesh of one dimension.
         sent: whether the first rank alone has the weights, on the CPU, and sends them group by
             group; the others have them on `meta`. Ranks are in step.
 
     Raises:
-        InputError: ranks have different weights, of which parts would make a model of none.
+        InputError: ranks have different weights, whose parts would not make one model.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -70,18 +72,19 @@ def shard(
 
 
 class Shards:
-    """The groups of a model that is shared out.
+    """The groups of a model that is shared out, and its parameters as parts and wholes.
 
     Args:
-        model: of which FSDP2 has shared out every parameter.
-        ranks: all of them.
+        model: a model of which FSDP2 has shared out every parameter.
+        ranks: all ranks.
 
     Attributes:
         ranks: as given.
-        groups: modules whose parameters come and go together.
-        places: by group where modules hold its parameters: the module, the key, the whole one.
+        groups: modules whose parameters are gathered and freed together.
+        places: by group, the places of its parameters: the module, the key, the whole parameter.
         holders: the ranks that together hold the copy of the model that this rank has a part of.
-        copy: their numbers, in the order of their parts; all ranks', where there is one copy.
+        copy: the numbers of the holders, in the order of their parts; those of all ranks where
+            there is one copy.
         came: bytes that products have brought to this rank: `directions` to rows, or `rows` to
             parts of directions.
 
@@ -141,20 +144,23 @@ class Shards:
             group.reshard()
 
     def whole(self, own: nn.Parameter) -> nn.Parameter:
-        """The whole parameter that a rank has a part of; at rest it has no memory."""
+        """The whole parameter of a part; at rest the whole has no memory."""
         return self._whole[id(own)]
 
     def own(self, whole: nn.Parameter) -> nn.Parameter:
-        """What the model holds at rest of a whole parameter, a `DTensor`."""
+        """The part of a whole parameter that the model holds at rest, a `DTensor`."""
         return self._own[id(whole)]
 
     @property
     def parts(self) -> list[nn.Parameter]:
-        """What the model holds at rest, also of what is whole now, as a root is after a forward."""
+        """The parts that the model holds at rest, also of parameters that are whole now.
+
+        A root's parameters stay whole after a forward.
+        """
         return list(self._own.values())
 
     def add_up(self, products: Sequence[Tensor]) -> None:
-        """Put in the place of products of this rank's parts those of the whole.
+        """Replace products of this rank's parts by products of whole parameters, in place.
 
         Args:
             products: as `Ranks.add_up` takes them.
@@ -165,7 +171,7 @@ class Shards:
         self.ranks.add_up(products)
 
     def said_of_products(self) -> str:
-        """How products were formed, as results say it: since `came` was cleared, of this rank."""
+        """A sentence for results on how this rank formed products since `came` was cleared."""
         directions, rows = (self.came[kind] / 2**20 for kind in ("directions", "rows"))
         return (
             f"{directions:.3g} MiB of directions were brought to the rows, and {rows:.3g} MiB of "
@@ -173,13 +179,13 @@ class Shards:
         )
 
     def groups_of(self, wholes: Sequence[nn.Parameter]) -> list[FSDPModule]:
-        """The groups that hold parameters, in the model's order."""
+        """The groups that hold some whole parameters, in the model's order."""
         found = {id(self._group_of[id(p)]) for p in wholes}
         return [group for group in self.groups if id(group) in found]
 
     @contextmanager
     def unsharded(self, groups: Sequence[FSDPModule]) -> Iterator[None]:
-        """Inside, the parameters of groups are whole. All ranks enter and leave it together."""
+        """Inside, the parameters of groups are whole. All ranks enter and leave together."""
         for group in groups:
             group.unshard()
         try:
@@ -191,11 +197,11 @@ class Shards:
     def sum_of_gradients(
         self, loss: Tensor, parameters: Sequence[nn.Parameter], *, more: bool
     ) -> list[Tensor | None]:
-        """Of all ranks' losses the gradient, this rank's part of it by parameter; inside `sums`.
+        """This rank's parts, by parameter, of the gradient of all ranks' losses; inside `sums`.
 
         Args:
-            loss: this rank's.
-            parameters: whole ones.
+            loss: this rank's loss.
+            parameters: whole parameters.
             more: whether another backward follows through the same graph.
         """
         loss, _ = self.with_zeros(loss, parameters)
@@ -212,22 +218,22 @@ class Shards:
     def with_zeros(
         self, loss: Tensor, parameters: Sequence[nn.Parameter]
     ) -> tuple[Tensor, set[int]]:
-        """A loss whose gradient is there, if as zeros, where that of the same group's others is.
+        """Add zeros to a loss, so that it has gradients for all parameters of groups it reaches.
 
-        A group's gradients are added up together, so it must have the same ones on all ranks: an
-        expert that no token of a rank's was sent to has zeros there. A group that the losses of
-        some ranks alone reach would be brought by them alone; that cannot be where all parameters
-        ask for gradients.
+        A group's gradients are added up together, so all ranks must have gradients of the same
+        parameters of a group: an expert that no token of a rank was sent to gets zeros on that
+        rank. A group that only the losses of some ranks reach would be brought together by those
+        ranks alone. That cannot happen where all parameters ask for gradients.
 
         Args:
-            loss: this rank's.
-            parameters: whole ones.
+            loss: this rank's loss.
+            parameters: whole parameters.
 
         Returns:
-            The loss, and which parameters, by `id`, it depends on itself.
+            The loss, and the `id`s of the leaves that the loss itself depends on.
 
         Raises:
-            UnsupportedModelError: losses of ranks reach different groups.
+            UnsupportedModelError: the ranks' losses reach different groups.
         """
         reached = {id(leaf) for leaf in leaves_of(loss)} if loss.requires_grad else set()
         groups = self.groups_of([p for p in parameters if id(p) in reached])
@@ -253,9 +259,9 @@ class Shards:
 
     @contextmanager
     def sums(self) -> Iterator[None]:
-        """Inside, a backward leaves sums over ranks on parameters, where there was nothing.
+        """Inside, `.grad` of parts begins empty, and a backward leaves sums over ranks there.
 
-        What the program had set, and gradients that were there, are put back.
+        Afterwards the program's settings of FSDP and the earlier gradients are put back.
         """
         kept = [(own, own.grad) for own in self._own.values()]
         before = [
@@ -280,26 +286,29 @@ class Shards:
                 setattr(held, name, value)
 
     def at_once(self, wholes: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Of some parameters those that a forward has whole at the same time: of each group and
-        the next one, which is on its way, their own and those of the groups around them."""
+        """The parameters among `wholes` that a forward has whole at the same time, group by group.
+
+        For each group these are the parameters of the group, of the next one, which is being
+        gathered, and of the groups around both.
+        """
         within = {id(group): {*map(id, group.modules())} for group in self.groups}
         running = ({id(group) for group in self.groups[i : i + 2]} for i in range(len(self.groups)))
         return [[p for p in wholes if some & within[id(self._group_of[id(p)])]] for some in running]
 
     def rest(self) -> None:
-        """Let go of whole parameters."""
+        """Free whole parameters."""
         put_to_rest(self._model)
 
 
 @contextmanager
 def at_work(model: nn.Module) -> Iterator[None]:
-    """Inside, a model runs; before and behind, after errors too, what is shared out is at rest."""
+    """Have a sharded model at rest before and after the block that runs it, even after errors."""
     if not fsdp_groups(model):
         yield
         return
     try:
         with warnings.catch_warnings():
-            # Of outputs that are views: nothing here writes to them in place.
+            # The warning is about outputs that are views; nothing here writes to them in place.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")
             put_to_rest(model)
             yield
@@ -310,11 +319,11 @@ def at_work(model: nn.Module) -> Iterator[None]:
 
 
 def put_right(model: nn.Module) -> None:
-    """After an error in the middle of a forward or backward: as before it."""
+    """Bring a model back to rest after an error in the middle of a forward or backward."""
     put_to_rest(model)
     for root in fsdp_groups(model)[:1]:
         reset = getattr(root, "reset_iter_state", None)  # not every torch has it
-        if reset is not None and root._get_fsdp_state()._is_root:  # else it never ran
+        if reset is not None and root._get_fsdp_state()._is_root:  # otherwise the root never ran
             reset()
 
 
@@ -339,14 +348,14 @@ def _check_sums(group: Any) -> None:
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
-    # Nothing public tells what a program has set.
+    # No public interface tells what a program has set.
     state = module._get_fsdp_state()
-    found = getattr(state, "_fsdp_param_groups", None)  # some versions have one
+    found = getattr(state, "_fsdp_param_groups", None)  # some versions have a single group instead
     return [held for held in (found or [state._fsdp_param_group]) if held is not None]
 
 
 class _Nothing(torch.autograd.Function):
-    """Zero, which depends on parameters by nothing: their gradients are zeros, not missing."""
+    """Zero whose graph reaches parameters, so that their gradients are zeros and not missing."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""A model without its weights, as the first rank sends it to the others; weights come by groups.
+"""A model without its weights, as the first rank sends it to the others; weights follow by groups.
 
-What is sent is the model itself, pickled: its config, adapters, buffers and whatever else its
-modules hold, and which of them share a parameter. Parameters alone are left out, and are on the
-device `meta` where it arrives.
+The model itself is sent, pickled, with its config, adapters, buffers, everything else that its
+modules hold, and which modules share a parameter. Only the values of parameters are left out:
+parameters arrive on the device `meta`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from geffect_fast.ranks import Ranks
 
 
 def structure_of(model: nn.Module, what: str = "model") -> bytes:
-    """A model without its weights; `pickle.loads` makes it one again.
+    """A model without its weights, as bytes that `pickle.loads` makes a model again.
 
     Args:
-        model: on the CPU.
-        what: what messages call it.
+        model: a model on the CPU.
+        what: the name of the model in messages.
 
     Raises:
-        InputError: a module of it holds what cannot be sent.
+        InputError: a module holds something that cannot be sent.
     """
     held = io.BytesIO()
     try:
         _WithoutWeights(held).dump(model)
-    except Exception as error:  # whatever its modules hold has errors of its own
+    except Exception as error:  # objects that modules hold may raise any error
         raise InputError(
             f"{what}: it cannot be sent to other ranks ({in_one_line(error)}); give each the whole "
             "(--shard none)"
@@ -55,9 +55,9 @@ def receive_weights(group: nn.Module, ranks: Ranks, device: torch.device) -> Non
     """Give a group of modules the first rank's weights, whole, in place; parts stay as they are.
 
     Args:
-        group: the same modules on all ranks; on others than the first without weights.
-        ranks: all of them.
-        device: where this rank's weights will be.
+        group: the same modules on all ranks; only the first rank has weights.
+        ranks: all ranks.
+        device: the device that will hold this rank's weights.
     """
     from torch.distributed.tensor import DTensor
 
@@ -65,7 +65,7 @@ def receive_weights(group: nn.Module, ranks: Ranks, device: torch.device) -> Non
         if isinstance(p, DTensor):
             continue
         if ranks.first:
-            p.data = p.data.to(device).contiguous()  # as the others', and as FSDP needs it
+            p.data = p.data.to(device).contiguous()  # as on other ranks, and as FSDP needs it
             ranks.send(p.data)
         else:
             weights = torch.empty_like(p, device=device)

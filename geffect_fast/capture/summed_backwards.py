@@ -1,4 +1,4 @@
-"""Backwards through a model that ranks share out, whose gradients are added up in `.grad`."""
+"""Backwards through a model that ranks share out, with gradients added up in `.grad`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from geffect_fast.capture.shards import Shards
 
 
 class SummedBackwards:
-    """Adds to the `.grad` of parts the gradient of all ranks' losses, which run in step.
+    """Backwards that add the gradient of all ranks' losses to the `.grad` of parts.
 
-    A parameter that no rank's loss depends on has no gradient, as of one process.
+    Ranks run in step. A parameter that no rank's loss depends on has no gradient, as in a single
+    process.
 
     Args:
-        shards: of the model.
-        trained: of its parameters, as it holds them at rest, those that are trained.
-        backward: of a scalar.
+        shards: the shards of the model.
+        trained: the parameters that are trained, as the model holds them at rest.
+        backward: runs the backward of a scalar.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class SummedBackwards:
 
     @contextmanager
     def adding_up(self) -> Iterator[None]:
-        """Inside, `backward` is called, as often on each rank; behind it gradients are there."""
+        """Inside, each rank calls `backward` equally often; afterwards gradients are there."""
         self._reached = set()
         with self._shards.sums():
             yield
@@ -39,17 +40,17 @@ class SummedBackwards:
         own = [id(whole) in self._reached for whole in self._wholes]
         told = zip(*self._shards.ranks.meet(own), strict=True)
         for p, grad, reached in zip(self._trained, found, told, strict=True):
-            if any(reached):  # else it is there for a group's other parameters
+            if any(reached):  # otherwise the gradient is only zeros beside others of its group
                 p.grad = grad if p.grad is None or grad is None else p.grad + grad
 
     def backward(self, loss: Tensor, *, idle: bool = False) -> None:
-        """One backward.
+        """Run one backward.
 
         Args:
             loss: a scalar, of this rank's rows.
-            idle: whether it is run for other ranks' sake alone, and is zero.
+            idle: whether the backward runs only for the sake of other ranks, with a loss of zero.
         """
         loss, reached = self._shards.with_zeros(loss, self._wholes)
         self._reached |= set() if idle else reached
-        if loss.requires_grad:  # else it reads layers below everything that can be trained
+        if loss.requires_grad:  # otherwise it reads only layers below everything that is trained
             self._backward(loss)

@@ -1,13 +1,13 @@
-"""The fused kernels' Python face: inner products of gradients that are never stored.
+"""The Python interface of the fused kernels: inner products of gradients that are never stored.
 
-Common to all: bfloat16, float16, float32 or float64 inputs of one dtype and any strides; sums in
-fp32 or better; results in float32 (float64 for float64 inputs); bitwise equal from run to run;
-packed sequences by `cu_seqlens` offsets, an empty segment giving 0. The ops measure: an input that
-requires grad while grad mode is on, or that carries a forward-mode tangent, is an error, never a
-silent detach.
+All ops take bfloat16, float16, float32 or float64 inputs of one dtype and any strides. They sum in
+fp32 or better and return float32 (float64 for float64 inputs), bitwise equal from run to run.
+Packed sequences are given by `cu_seqlens` offsets; an empty segment gives 0. The ops measure and
+have no derivative: an input that requires grad while grad mode is on, or that carries a
+forward-mode tangent, is an error, never a silent detach.
 
-On CUDA, any strides are served too; operands of matrix products whose rows have gaps between
-elements or do not begin on 16 bytes, and gradients that are not dense in one layout, are copied.
+On CUDA the ops copy operands of matrix products whose rows have gaps between elements or do not
+begin on 16 bytes, and gradients that are not dense in one layout.
 """
 
 from __future__ import annotations
@@ -70,14 +70,15 @@ def multi_tensor_gram(
     *,
     n_groups: int | None = None,
 ) -> Tensor:
-    """Gram matrices of K lists of same-shaped gradient tensors, one matrix a group of tensors.
+    """Gram matrices of K lists of same-shaped gradient tensors, one for each group of tensors.
 
         out[c, j, k] = sum_{p: groups[p] = c} <grads[j][p], grads[k][p]>
 
     Args:
         grads: K >= 1 lists of P tensors; `grads[j][p]` has the shape of `grads[0][p]`, any strides,
             one dtype and device for all.
-        groups: P integers in `0..n_groups-1`, the group of each tensor; None: each its own group.
+        groups: P integers in `0..n_groups-1`, the group of each tensor; None: each tensor is a
+            group of its own.
         n_groups: number of groups; None: one more than the largest index in `groups`.
 
     Returns:
@@ -195,8 +196,9 @@ def ghost_norm(a: Tensor, g: Tensor | Sequence[Tensor], cu_seqlens: Tensor) -> T
 
     Args:
         a: layer inputs `(total_tokens, d_in)`.
-        g: output gradients `(total_tokens, d_out)`; or those of several layers that were called
-            with `a`, whose squared norms are added up and share the Gram matrix of `a`.
+        g: output gradients `(total_tokens, d_out)`, or a list of the output gradients of several
+            layers that were called with `a`. The squared norms of these layers are added up and
+            share the Gram matrix of `a`.
         cu_seqlens: offsets of the samples `(n + 1,)`, int32 or int64.
 
     Returns:

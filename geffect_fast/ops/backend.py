@@ -1,4 +1,4 @@
-"""Which provider serves each op on each device, and why another one does not.
+"""Choice of the provider that serves each op on each device, with the reason for the choice.
 
 Providers: `reference` (plain torch, always there), `cpu` (C++) and `cuda`, both in
 `geffect_fast/_kernels*.so`. Set `GEFFECT_FAST_BUILD=none` to run without the native libraries even
@@ -29,7 +29,7 @@ _force_reference: ContextVar[bool] = ContextVar("force_reference", default=False
 
 
 class ProviderRow(NamedTuple):
-    """One line of `geffect-fast env`: who serves `op` on `device`, and why."""
+    """One line of `geffect-fast env`: the provider of `op` on `device`, and the reason."""
 
     op: str
     device: str
@@ -55,7 +55,7 @@ def _load(name: str, remedy: str) -> str | None:
 NATIVE_MISSING = _load(
     "_kernels", "install a C++ compiler and run `pip install --no-build-isolation .`"
 )
-# Kernels for sm_90a alone, which other CUDA kernels ask for where they are there.
+# Kernels for sm_90a only. Other CUDA kernels call them where they are built.
 HOPPER_MISSING = NATIVE_MISSING or _load(
     "_kernels_sm90", "install nvidia-cutlass and build for 9.0a (TORCH_CUDA_ARCH_LIST)"
 )
@@ -116,7 +116,7 @@ def _why_missing(device: str) -> str | None:
 
 
 def _say_once(device: str) -> None:
-    """Tell the user, at the first op on a device and never again, that no native kernel serves."""
+    """Warn at the first op on a device, and never again, if no native kernel serves there."""
     if device in _devices_told:
         return
     _devices_told.add(device)
@@ -125,7 +125,7 @@ def _say_once(device: str) -> None:
 
 
 def providers() -> list[ProviderRow]:
-    """Return who serves every op on every device of this machine, with the reason."""
+    """Return the provider of every op on every device of this machine, with the reason."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [_provider(op, device) for op in schema.SCHEMAS for device in devices]
 
@@ -159,7 +159,7 @@ def _cuda_kernel_declines(op: str, device: torch.device, args: tuple[Any, ...]) 
 
 
 def build_info() -> dict[str, Any]:
-    """Return compiler, flags, CUDA version, architectures and ops of the build, {} without one."""
+    """Return compiler, flags, CUDA version, architectures and ops of the build; {} if unbuilt."""
     try:
         return import_module("geffect_fast._C").build_info()
     except ImportError:
@@ -177,7 +177,7 @@ def force_reference() -> Iterator[None]:
 
 
 def reference_is_forced() -> bool:
-    """Return whether this is a context of `force_reference()`."""
+    """Return whether this code runs inside `force_reference()`."""
     return _force_reference.get()
 
 
@@ -186,7 +186,7 @@ def call(op: str, device: torch.device, *args: Any) -> Tensor:
     forced = reference_is_forced()
     if not forced:
         _say_once(device.type)
-    # Entering a context alone takes as long as many a call.
+    # Entering a context takes as long as many calls do.
     with nullcontext() if products_are_ieee() else ieee_fp32():
         if forced or _cuda_kernel_declines(op, device, args):
             schema.refuse_autograd(op, args)

@@ -59,7 +59,7 @@ def check_cu_seqlens(
 ) -> None:
     """Require offsets `0 = c_0 <= c_1 <= ... <= c_n = total_tokens`.
 
-    The content is read on CPU tensors only: on another device it would wait for the device.
+    The numbers are checked on the CPU only: reading them on another device would wait for it.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in OFFSET_DTYPES:
         found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__

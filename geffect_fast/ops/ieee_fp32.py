@@ -1,8 +1,8 @@
-"""fp32 that is fp32, whatever torch has been told to make of it.
+"""A context in which computations in fp32 keep all their bits, whatever torch's switches say.
 
 `torch.set_float32_matmul_precision("high")` lets matrix products of fp32 numbers drop 13 of 23 bits
 (TF32 on GPUs, bf16 on some CPUs), and convolutions on GPUs do so by default. A training step bears
-that. A gradient effect is often a small difference of large terms, and does not.
+this loss. A gradient effect does not, as it is often a small difference of large terms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SWITCHES = (*_MATRIX, _CUDNN.conv, _CUDNN.rnn, _MKLDNN.conv, _MKLDNN.rnn)
 
 @contextmanager
 def ieee_fp32() -> Iterator[None]:
-    """Inside, no product or convolution of fp32 numbers drops bits; afterwards all is as it was."""
+    """Inside, no product or convolution of fp32 numbers drops bits; switches are put back after."""
     if _inside.get():
         yield
         return
@@ -60,7 +60,7 @@ def products_are_ieee() -> bool:
 
 
 def _older_switches() -> tuple[str | None, bool | None]:
-    """What torch's older switches say; None where newer ones contradict them and torch refuses."""
+    """The values of torch's older switches; None where torch refuses, as newer ones contradict."""
     products, convolutions = None, None
     with suppress(RuntimeError):
         products = torch.get_float32_matmul_precision()

@@ -39,7 +39,7 @@ def multi_tensor_gram(
 ) -> Tensor:
     """`out[groups[p], j, k] += <grads[j][p], grads[k][p]>`, `grads` flattened list by list."""
     n_tensors = len(groups)
-    # Sums of long rows in one go would lose digits: blocks in fp32, their sum in fp64.
+    # Summing a long row at once would lose digits, so blocks are summed in fp32 and added in fp64.
     out = grads[0].new_zeros((n_groups, n_lists, n_lists), dtype=torch.float64)
     for index, group in enumerate(groups):
         flat = [tensor.reshape(-1) for tensor in grads[index::n_tensors]]
@@ -99,7 +99,7 @@ def token_grams(a: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def ghost_norm_of_grams(grams: Tensor, g: list[Tensor], cu_seqlens: Tensor) -> Tensor:
-    """`ghost_norm_of_one_input` of an `a` of which `token_grams` is left."""
+    """`ghost_norm_of_one_input`, given `token_grams(a)` in place of `a`."""
     of_g = token_grams(torch.cat(g, dim=1), cu_seqlens)
     squares = torch.diff(cu_seqlens).square()
     return _segment_sum(grams * of_g, torch.nn.functional.pad(squares.cumsum(0), (1, 0)))

@@ -31,7 +31,7 @@ SCHEMAS = {
     ),
 }
 
-# `ghost_norm` of several gradients, and what capture alone calls.
+# `ghost_norm` of several gradients, and the ops that only `capture` calls.
 PART_SCHEMAS = {
     "segment_product": "(Tensor x, Tensor y, Tensor cu_seqlens) -> Tensor",
     "ghost_norm_of_one_input": "(Tensor a, Tensor[] g, Tensor cu_seqlens) -> Tensor",
@@ -105,8 +105,8 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# An op of the native libraries among themselves. What is given here serves where its library is not
-# built: no terms, so that the caller takes another way.
+# Ops that native libraries call among themselves. Where the library of such an op is not built, the
+# implementations below serve: they return no terms, so that the caller takes another way.
 NATIVE_SCHEMAS = {
     "segment_bilinear_terms_sm90": "(Tensor a, Tensor g, Tensor v) -> Tensor",
     "ghost_norm_grams_sm90": (
@@ -143,7 +143,8 @@ def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
 def refuse_autograd(op: str, args: tuple[Any, ...]) -> None:
     """Raise where autograd would need a derivative of `op`, which measures and has none.
 
-    Without this, reverse mode would detach in silence and forward mode would return zero tangents.
+    Without this check, reverse mode would silently detach, and forward mode would return zero
+    tangents.
     """
     tensors = _tensors(args)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

@@ -1,1 +1,1 @@
-"""What optimizers make of a gradient, and their state by the names of a model's parameters."""
+"""The step that an optimizer makes of a gradient, and its state by the model's parameter names."""

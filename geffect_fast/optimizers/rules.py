@@ -1,10 +1,10 @@
-"""What optimizers make of a gradient: a diagonal of it, their momentum, and weight decay.
+"""The step that an optimizer makes of a gradient: a diagonal, its momentum, and weight decay.
 
     theta' = theta - lr (P g + momentum + decay)
 
-Exactly so, for each of them, where `P` is formed with the step's own gradient `g`: SGD's `P` is a
-number; Adam's holds the squares that this step adds to; Lion's sign is `c / |c|` of a blend `c`
-that is linear in `g`. Momentum and decay depend on no gradient of this step.
+This is exact for every optimizer here if `P` is formed with the step's own gradient `g`. SGD's `P`
+is a number. Adam's `P` holds the mean of squares, to which this step adds its own. Lion's sign is
+`c / |c|` of a blend `c` that is linear in `g`. Momentum and decay depend on `g` through `P` only.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from geffect_fast.ops.reference import accumulation_dtype
 
 @dataclass(frozen=True)
 class Held:
-    """What an optimizer holds of one parameter.
+    """An optimizer's hyper-parameters and state for one parameter.
 
     Attributes:
-        parameter: it.
+        parameter: the parameter.
         group: hyper-parameters of its group.
-        state: its tensors and numbers; empty before the first step.
+        state: tensors and numbers of its state; empty before the first step.
         rate: the group's learning rate in units of the run's.
     """
 
@@ -37,15 +37,19 @@ class Held:
     rate: float = 1.0
 
     def tensor(self, key: str) -> Tensor | None:
-        """A tensor of the state where the parameter is, in the dtype gradients are added up in."""
+        """A tensor of the state, on the parameter's device, in the dtype that gradients add up in.
+
+        None where the state has no such tensor.
+        """
         found = self.state.get(key)
         dtype = accumulation_dtype(self.parameter.dtype)
         return None if found is None else found.to(self.parameter.device, dtype)
 
     def piece(self, at: slice) -> Held:
-        """Of some of the parameter's entries, as they lie in memory: all of them one-dimensional.
+        """The same for some of the parameter's entries, one-dimensional, in memory order.
 
-        Tensors of the state that do not have the parameter's shape are of all its entries.
+        Tensors of the state that do not have the parameter's shape count for all entries, and stay
+        as they are.
         """
         shape = self.parameter.shape
         state = {
@@ -55,17 +59,17 @@ class Held:
         return replace(self, parameter=self.parameter.detach().flatten()[at], state=state)
 
     def weights(self) -> Tensor:
-        """The parameter in that dtype."""
+        """The parameter in the dtype that gradients add up in."""
         return self.parameter.detach().to(accumulation_dtype(self.parameter.dtype))
 
 
 class OptimizerRule(ABC):
-    """How an optimizer of one kind steps.
+    """The step of one kind of optimizer.
 
     Attributes:
-        reads: which gradients `P` is formed with: none, the squares of several, or one alone.
-        keys: entries of the state once it has stepped.
-        options: what its groups hold beside the learning rate.
+        reads: the gradients that `P` is formed with: none, the squares of several, or one alone.
+        keys: entries of the state once the optimizer has stepped.
+        options: entries of its groups beside the learning rate, with their defaults.
     """
 
     reads: ClassVar[str] = "none"
@@ -77,16 +81,16 @@ class OptimizerRule(ABC):
         """`P` of a parameter, of its shape or a scalar.
 
         Args:
-            held: what the optimizer holds of it.
-            gradients: of the step, `(K, *shape)`; None: none are read.
+            held: the optimizer's hyper-parameters and state for the parameter.
+            gradients: gradients of the step, `(K, *shape)`; None: none are read.
         """
 
     @abstractmethod
     def momentum(self, held: Held, diagonal: Tensor) -> Tensor | None:
-        """What earlier gradients add to the step; None: nothing."""
+        """The part of the step that earlier gradients add; None: nothing."""
 
     def decay(self, held: Held, diagonal: Tensor) -> Tensor | None:
-        """What weight decay adds to the step; None: nothing."""
+        """The part of the step that weight decay adds; None: nothing."""
         decay = float(held.group["weight_decay"])
         if decay == 0:
             return None
@@ -95,7 +99,7 @@ class OptimizerRule(ABC):
 
     @abstractmethod
     def decoupled(self, held: Held) -> bool:
-        """Whether weight decay stands beside the gradient, and not in it."""
+        """Whether weight decay is added beside the gradient, and not into the gradient."""
 
     def fresh(self, held: Held) -> bool:
         """Whether the optimizer has not stepped this parameter, so that `P` is an estimate."""
@@ -103,7 +107,7 @@ class OptimizerRule(ABC):
 
 
 class SgdRule(OptimizerRule):
-    """SGD, with momentum, dampening and Nesterov's."""
+    """SGD, with momentum, dampening and Nesterov's momentum."""
 
     options: ClassVar[Mapping[str, Any]] = {
         "momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0
@@ -181,7 +185,7 @@ class LionRule(OptimizerRule):
         if average is not None:
             blend += beta1 * average
         size = blend.abs_()
-        moved = size >= torch.finfo(size.dtype).tiny  # what is less has no reciprocal
+        moved = size >= torch.finfo(size.dtype).tiny  # smaller sizes have no finite reciprocal
         return torch.where(moved, held.rate * (1 - beta1) / size, 0.0)
 
     def momentum(self, held: Held, diagonal: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""An optimizer's state by the names of a model's parameters: a live one's, or a checkpoint's."""
+"""The state of a live optimizer or of a checkpoint, by the names of a model's parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CLASSES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW:
 
 
 def inside(optimizer: Any) -> Any:
-    """The optimizer itself, where accelerate has wrapped it."""
+    """The optimizer itself, without accelerate's wrappers."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
@@ -50,10 +50,10 @@ def kind_of(optimizer: Any) -> str | None:
 def held_by(
     optimizer: Any, parameters: Mapping[str, nn.Parameter], where: str = "optimizer"
 ) -> dict[str, Held]:
-    """What a live optimizer holds of a model's parameters, by name; `where` is for messages.
+    """A live optimizer's `Held` of each parameter of a model, by name; `where` is for messages.
 
     Raises:
-        InputError: a parameter is not among its own, or a tensor of its state has another shape.
+        InputError: the optimizer lacks a parameter, or a tensor of its state has another shape.
     """
     optimizer = inside(optimizer)
     owned = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -72,7 +72,7 @@ def read_state(source: str | Path) -> tuple[dict[str, Any], str]:
     """An optimizer's state dict from its file or the folder of a checkpoint, and the file's name.
 
     Raises:
-        InputError: there is none, or it is damaged or holds more than tensors and numbers.
+        InputError: there is no such file, or it is damaged or holds more than tensors and numbers.
     """
     file = user_path(source).absolute()
     if file.is_dir():
@@ -84,7 +84,7 @@ def read_state(source: str | Path) -> tuple[dict[str, Any], str]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of files that are refused below
+            warnings.simplefilter("ignore")  # torch warns of files that are refused below
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
         raise InputError(
@@ -100,7 +100,7 @@ def read_state(source: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def kind_of_state(state: Mapping[str, Any]) -> str | None:
-    """The metric of a state dict, by what it holds; None: it is not known."""
+    """The metric of a state dict, judged by its entries; None: it is not known."""
     keys = {key for each in state["state"].values() for key in each}
     options = {key for group in state["param_groups"] for key in group}
     if "exp_avg_sq" in keys and {"betas", "eps", "amsgrad"} <= options:
@@ -116,19 +116,20 @@ def kind_of_state(state: Mapping[str, Any]) -> str | None:
 def held_in_state(
     state: Mapping[str, Any], where: str, model: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Held]:
-    """What a saved state holds of a model's parameters, by name.
+    """A saved state's `Held` of each parameter of a model, by name.
 
-    States name no parameters but by their order: that of a Trainer, which puts those that decay
-    first, or that of the model where there is one group. Every tensor's shape is compared.
+    A saved state knows parameters by their order only. The order is that of a Trainer, which puts
+    parameters that decay first, or that of the model where there is one group. Every tensor's shape
+    is compared.
 
     Args:
-        state: as `read_state` reads it.
-        where: it is from.
-        model: whose state it is to be.
-        parameters: the trainable ones, by name.
+        state: the state, as `read_state` reads it.
+        where: the place that the state is from, for messages.
+        model: the model that the state belongs to.
+        parameters: the trainable parameters, by name.
 
     Raises:
-        InputError: it is of another model.
+        InputError: the state is of another model.
     """
     groups: Sequence[Mapping[str, Any]] = state["param_groups"]
     names = {id(p): name for name, p in parameters.items()}
@@ -155,7 +156,7 @@ def held_in_state(
 def _in_order(
     groups: Sequence[Mapping[str, Any]], model: nn.Module, where: str
 ) -> Iterator[list[nn.Parameter]]:
-    """The model's trainable parameters in the order of each of the groups."""
+    """The model's trainable parameters, group by group, in the order of the saved state."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if len(groups) == 1:
         yield list(trainable.values())
@@ -173,7 +174,7 @@ def _in_order(
 
 
 def _checked(held: dict[str, Held], where: str) -> dict[str, Held]:
-    """This rank's part of it; raise `InputError` where a tensor in it has another shape."""
+    """This rank's part of each `Held`; raise `InputError` where a tensor has another shape."""
     for name, each in held.items():
         for key, value in each.state.items():
             if isinstance(value, Tensor) and value.dim() and value.shape != each.parameter.shape:
@@ -195,7 +196,7 @@ def _own_part(held: Held) -> Held:
 
 
 def check_options(held: Iterable[Held], kind: str, where: str) -> None:
-    """Raise `InputError` where groups lack what a metric reads, or climb in place of descending."""
+    """Raise `InputError` where groups lack what a metric reads, or ascend instead of descending."""
     for each in held:
         missing = [key for key in ("lr", *RULES[kind].options) if key not in each.group]
         keys = RULES[kind].keys

@@ -1,4 +1,4 @@
-"""What an update rule is: a name, parameters, what it needs, and the gradient that it writes."""
+"""The base class of update rules: a name, parameters, needs, and the gradient that is written."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Need = Literal["retain", "retain_rows", "retain_part", "optimizer", "full_precis
 
 @dataclass(frozen=True)
 class UpdateRule(Parameterised, ABC):
-    """How the gradients of an objective's forget part and of the retain rows become an update.
+    """A rule that makes one update of the gradients of a forget part and of the retain rows.
 
     Subclasses are frozen dataclasses declared as objectives are; `register` gives them a name.
 
     Class attributes:
-        name: what it is called in strings, set by `register`.
-        needs: what it needs; asked for otherwise it is an error.
+        name: the rule's name in strings, set by `register`.
+        needs: what the rule needs; asking a `Step` for anything else is an error.
     """
 
     noun: ClassVar[str] = "update"
@@ -41,10 +41,10 @@ class UpdateRule(Parameterised, ABC):
         """Write the parameters' final `.grad`.
 
         Args:
-            step: gives gradients and products, of the rows and weights of one update.
+            step: gives the gradients and products of one update, for its rows and weights.
         """
 
     @property
     def reads_retain(self) -> bool:
-        """Whether it needs retain rows whatever the objective is."""
+        """Whether the rule needs retain rows, whatever the objective is."""
         return not self.needs.isdisjoint(("retain", "retain_rows", "retain_part"))

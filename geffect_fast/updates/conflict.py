@@ -1,8 +1,8 @@
 """Rules against conflicts between the gradients of the forget part and of the retain rows.
 
-`f` is the gradient of the objective's forget part, `r` that of the retain loss, and `w` what the
-retain loss counts in the objective: 1 for its retain part, which holds its coefficients, and 0
-where it has none, so that `r` is protected and not descended on.
+`f` is the gradient of the objective's forget part, `r` that of the retain loss, and `w` the weight
+of the retain loss in the objective. `w` is 1 for an objective with a retain part, which holds its
+own coefficients. It is 0 for an objective without one: `r` is protected then, and not descended on.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ class OrthoGrad(UpdateRule):
 
         g = g_u - sum_i c_i g_i + w g_r        gram c = <g_i, g_u>
 
-    `gram` and the products come from the rows' inputs and output gradients, and the sum from them
-    too, weighted by `w - c_i`: no gradient of a row is stored.
+    `gram`, the products and the sum of the rows' gradients, weighted by `w - c_i`, are computed
+    from the rows' inputs and output gradients: no gradient of a row is stored.
 
     Args:
-        rank_tol: eigenvalues of the rows' cosines at most this part of the largest count as zero.
-        room: what may be kept of the rows on the model's device, in sizes of the trainable
-            parameters; the rest waits in memory of the host, or in a file where that is the device.
+        rank_tol: eigenvalues of the rows' cosines count as zero if they are at most this fraction
+            of the largest one.
+        room: memory of the model's device for the rows' inputs and output gradients, in sizes of
+            the trainable parameters. The rest waits in memory of the host, or in a file if the
+            model is on the CPU.
 
     Source: arXiv 2503.02312, with a solve in place of a QR decomposition of stored gradients.
     """
@@ -65,7 +67,7 @@ class GRU(UpdateRule):
         g = f - min(<f, m>, 0) / |m|^2 m + w r
 
     Args:
-        gamma: what the retain gradient of this update counts in the smoothed one.
+        gamma: weight of this update's retain gradient in the smoothed one.
 
     Source: arXiv 2503.09117; `gamma` is 0.8 in its released code.
     """
@@ -91,9 +93,9 @@ class GU(UpdateRule):
 
         g = f - <f, r>_H / <r, r>_H r + w r        <x, y>_H = sum x y / (sqrt(v_hat) + eps)
 
-    `H` is by what Adam's next step scales a gradient, from its state before the update, so that the
-    step along the rest changes the retain loss by nothing to first order. The plain inner product
-    is taken for SGD, and for Adam's first step, before which it has no state.
+    `H` is the factor by which Adam scales a gradient, from Adam's state before the update. So the
+    step along `g - w r` does not change the retain loss, to first order. The plain inner product is
+    taken for SGD, and for Adam's first step, before which Adam has no state.
 
     Source: arXiv 2511.17100.
     """
@@ -118,7 +120,7 @@ class GU(UpdateRule):
 @register("blur")
 @dataclass(frozen=True)
 class BLUR(UpdateRule):
-    """The forget gradient, and what of the retain gradient is orthogonal to it.
+    """The forget gradient, and the part of the retain gradient that is orthogonal to it.
 
         g = f + w (r - <f, r> / |f|^2 f)
 
@@ -145,11 +147,11 @@ class PCGrad(UpdateRule):
         g = f' + w r        or with `both` f' + w r'
 
     Args:
-        by_tensor: inner products tensor by tensor, not of whole gradients.
+        by_tensor: whether inner products are taken tensor by tensor, not of whole gradients.
         both: whether the retain gradient gives way too.
 
-    Source: arXiv 2001.06782, which has `both`; for unlearning arXiv 2604.14808, which has not, and
-        projects module by module.
+    Source: arXiv 2001.06782, which has `both`; for unlearning arXiv 2604.14808, which lacks `both`
+        and projects module by module.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"retain"})
@@ -180,7 +182,7 @@ class PCGrad(UpdateRule):
 @register("sago")
 @dataclass(frozen=True)
 class SAGO(UpdateRule):
-    """Entry by entry the forget gradient where signs agree, else the retain gradient.
+    """The forget gradient in entries where both signs agree, the retain gradient in the others.
 
         g = f [f r >= 0] + w r [f r < 0]
 

@@ -28,7 +28,7 @@ def gram(gradients: Sequence[Gradients]) -> Tensor:
         out[j, k] = sum_p <gradients[j][p], gradients[k][p]>
 
     Args:
-        gradients: K of them.
+        gradients: K gradients.
 
     Returns:
         `(K, K)` fp64 on the CPU.
@@ -52,12 +52,12 @@ def grams(gradients: Sequence[Gradients]) -> tuple[list[str], Tensor]:
 
 
 def union(gradients: Iterable[Gradients]) -> list[str]:
-    """The names in any of them, in order."""
+    """The names in any of the gradients, in order."""
     return list(dict.fromkeys(name for each in gradients for name in each))
 
 
 def of(gradient: Gradients, name: str, among: Sequence[Gradients]) -> Tensor:
-    """A parameter's gradient; zeros shaped like that of `among` which has one where it has none."""
+    """A parameter's gradient; if `gradient` has none, zeros of the shape of one in `among`."""
     found = gradient.get(name)
     if found is not None:
         return found
@@ -65,7 +65,7 @@ def of(gradient: Gradients, name: str, among: Sequence[Gradients]) -> Tensor:
 
 
 def add(gradient: Gradients, other: Gradients, factor: float | Tensor = 1.0) -> Gradients:
-    """`gradient += factor * other`, in place, where both are kept; returns `gradient`."""
+    """Add `factor * other` to `gradient`, in place where both have a name; return `gradient`."""
     for name, value in other.items():
         if name in gradient:
             gradient[name].add_(value, alpha=float(factor))

@@ -1,7 +1,8 @@
-"""Inputs and output gradients of an update's retain rows, kept until it has no more use for them.
+"""Inputs and output gradients of an update's retain rows, kept until the update needs them no more.
 
-What has no room where the model is waits elsewhere and is read back parameter by parameter: in
-memory of the host where the model is on a GPU, in an unnamed temporary file where it is on the CPU.
+Tensors for which the model's device has no room wait elsewhere, and are read back parameter by
+parameter. They wait in memory of the host if the model is on a GPU, and in an unnamed temporary
+file if the model is on the CPU.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class KeptRows:
     """The factors of rows' gradients, by parameter and batch.
 
     Args:
-        room: bytes of the model's device that they may take. A third is for what stays there, a
-            third for what is read back, and the rest for what is computed of it.
-        rule: for messages.
+        room: bytes of the model's device that the factors may take. A third is for factors that
+            stay there, a third for those that are read back, the rest for computations with them.
+        rule: the update rule, for messages.
     """
 
     def __init__(self, room: float, rule: str) -> None:
@@ -52,7 +53,7 @@ class KeptRows:
         away = 0
         for factor in factors:
             found = [x for x in vars(factor).values() if isinstance(x, Tensor)]
-            # Layers with one input share it.
+            # Layers with one input share its memory, which is counted once.
             new = {(x.data_ptr(), x.numel()): x.nbytes for x in found}
             size = sum(n for key, n in new.items() if key not in self._counted)
             if self._held + size <= self._room:
@@ -70,8 +71,9 @@ class KeptRows:
         if self._elsewhere is None:
             on_cpu = all(x.is_cpu for x in tensors.values())
             self._elsewhere = _InFile(self._rule) if on_cpu else _OnHost()
-        # No tensor stays, however small: it would lie between those that go, whose memory then
-        # nobody gets back. Layers that share an input come one after the other.
+        # No tensor stays, however small: it would lie between those that go, whose memory could not
+        # be used again. Layers that share an input come one after the other, so comparing with the
+        # last tensor finds an input that was put away already.
         waiting = {}
         for key, x in tensors.items():
             before = self._last.get(key)
@@ -83,7 +85,7 @@ class KeptRows:
         return lambda: make(**{key: read() for key, read in waiting.items()})
 
     def names(self) -> list[str]:
-        """Of the parameters."""
+        """The names of the parameters."""
         return [*self._read]
 
     def batches(self, name: str) -> Iterator[tuple[int, list[KeptFactor]]]:
@@ -118,7 +120,7 @@ class KeptRows:
 
 
 class _OnHost:
-    """Tensors of a GPU, in pinned memory of the host: copies are queued like its other work."""
+    """Tensors of a GPU in pinned memory of the host; copies are queued like all work of the GPU."""
 
     def put(self, x: Tensor) -> Callable[[], Tensor]:
         copy, device = OnItsWay(x), x.device
@@ -126,7 +128,7 @@ class _OnHost:
 
 
 class _InFile:
-    """Tensors of the CPU, one after the other in a file that goes when nobody reads it any more."""
+    """Tensors of the CPU, one after the other in a file that is removed with its last reader."""
 
     def __init__(self, rule: str) -> None:
         self._rule = rule
@@ -167,7 +169,7 @@ def _bytes_of(x: Tensor) -> Any:
 
 
 def _are_one(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors that are both there are the same memory, read the same way."""
+    """Whether two tensors that both exist are the same memory, read the same way."""
     same = (x.data_ptr(), x.shape, x.dtype) == (y.data_ptr(), y.shape, y.dtype)
     return same and x.stride() == y.stride()
 

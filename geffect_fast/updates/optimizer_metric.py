@@ -18,9 +18,9 @@ def check_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter], rule
     """Raise `InputError` where a rule cannot measure in an optimizer's metric.
 
     Args:
-        optimizer: that will step.
-        parameters: the trainable ones of the model, by name.
-        rule: for the message.
+        optimizer: the optimizer that will step.
+        parameters: the trainable parameters of the model, by name.
+        rule: the update rule, for the message.
     """
     if kind_of(optimizer) not in ("sgd", *_ADAM):
         name = "no optimizer" if optimizer is None else type(inside(optimizer)).__name__

@@ -53,10 +53,10 @@ _KIND = Kind("update", "an UpdateRule", "orthograd", UPDATE_RULES.lookup)
 
 
 def parse(text: str | UpdateRule) -> UpdateRule:
-    """The update rule that a string describes, `orthograd(rank_tol=1e-6)`, or that is given.
+    """The update rule that a string such as `orthograd(rank_tol=1e-6)` describes, or a given rule.
 
     Raises:
-        InputError: one line with what is wrong, the character where, and the text around it.
+        InputError: in one line, the problem, the character where it is, and the text around.
     """
     if isinstance(text, UpdateRule):
         return text

@@ -2,14 +2,14 @@
 
     gram[i, j] = <g_i, g_j>        products[i] = <g_i, direction>
 
-Layer by layer as a backward reaches it (`ghost_dot`, `segment_bilinear`): the rows of a batch with
-each other and with the direction. Inputs and output gradients are kept, on the device as far as
-there is room (`KeptRows`), and of them the rows of any two batches are compared, and weighted sums
-of the rows' gradients made, so that every row runs once.
+Products of the rows of a batch with each other and with the direction are taken layer by layer, as
+a backward reaches each layer (`ghost_dot`, `segment_bilinear`). Inputs and output gradients are
+kept, on the device as far as there is room (`KeptRows`). From these the rows of any two batches are
+compared and weighted sums of the rows' gradients are made, so that every row runs once.
 
-Where ranks share the model out, all of them run all rows in step, and a direction is brought
-together layer by layer when a backward is over. Nothing is kept for weighted sums: these are one
-more backward, of which each rank runs its share.
+Where ranks share the model out, all of them run all rows in step, and the direction is brought
+together layer by layer when a backward is over. Nothing is kept for weighted sums then: a sum is
+one more backward, of which each rank runs some batches.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _MATRICES = 5
 
 @dataclass(frozen=True)
 class RowProducts:
-    """What one update needs to know of n retain rows.
+    """The losses of an update's n retain rows, and the inner products of their gradients.
 
     Attributes:
         losses: `(n,)` fp64.
-        gram: `(n, n)` fp64.
-        products: `(n,)` fp64, with the direction.
-        rounding: what eigenvalues of the rows' cosines are worth, relative to the largest.
-        kept: the factors of every batch; None where a module has none that can be kept, or ranks
-            share the model out.
+        gram: products of the rows' gradients with each other, `(n, n)` fp64.
+        products: products of the rows' gradients with the direction, `(n,)` fp64.
+        rounding: the error of eigenvalues of the rows' cosines, relative to the largest one.
+        kept: the factors of every batch; None where a module has factors that cannot be kept, or
+            ranks share the model out.
     """
 
     losses: Tensor
@@ -62,9 +62,9 @@ class RowProducts:
     def coefficients(self, rank_tol: float) -> Tensor:
         """`c` of the projection `sum_i c_i g_i` of the direction onto the span of the rows.
 
-        The least squares solution of `gram c = products`, by the eigenvectors of the rows' cosines
-        `C_ij = gram_ij / (|g_i| |g_j|)`. Those whose eigenvalues are at most
-        `max(rank_tol, rounding)` of the largest are left out: rows there repeat others.
+        `c` is the least squares solution of `gram c = products`, by the eigenvectors of the rows'
+        cosines `C_ij = gram_ij / (|g_i| |g_j|)`. Eigenvectors whose eigenvalues are at most
+        `max(rank_tol, rounding)` of the largest are left out: along them rows repeat other rows.
 
         Args:
             rank_tol: relative to the largest eigenvalue.
@@ -87,18 +87,18 @@ def row_products(
     """All inner products of the rows of `batches` with each other and with `direction`.
 
     Args:
-        plan: of the model.
-        batches: of retain rows, each of which runs once.
-        direction: by parameter name.
-        room: bytes of the device that what is kept of them may take.
-        rule: for messages.
+        plan: the plan of the model.
+        batches: batches of retain rows, each of which runs once.
+        direction: the direction, by parameter name.
+        room: bytes of the device that kept inputs and output gradients of rows may take.
+        rule: the update rule, for messages.
 
     Raises:
-        InputError: there are no rows, or more than memory holds a Gram matrix of; the disk of
+        InputError: there are no rows, or too many for memory to hold their Gram matrix; the disk of
             temporary files is full.
         NonFiniteError: a product is not finite.
-        UnsupportedModelError: rows cannot be told apart, or a module of which no inputs and output
-            gradients can be kept has rows in several batches.
+        UnsupportedModelError: rows cannot be told apart, or a module whose inputs and output
+            gradients cannot be kept has rows in several batches.
     """
     sums = _Sums(plan, batches, direction, room, rule)
     for at in range(len(batches)):
@@ -108,7 +108,7 @@ def row_products(
 
 
 class _Sums:
-    """What runs of the batches add up to.
+    """The sums to which runs of the batches add: inner products, and losses.
 
     Args:
         plan, batches, direction, room, rule: as `row_products` takes them.
@@ -138,7 +138,7 @@ class _Sums:
         }
 
     def run(self, at: int) -> None:
-        """One forward and backward of batch `at`."""
+        """Run one forward and backward of batch `at`."""
         batch, mine = self._batches[at], self._rows[at]
         waiting: dict[str, list[Factor]] = {}
 
@@ -165,13 +165,14 @@ class _Sums:
         with batch.around():
             losses = record_rows(self._plan, batch.losses, batch, batch.axis, take, _JOINED)
             with self._plan.generic_at_hand():
-                # In one order on all ranks, whose rows are the same and so their factors' names.
+                # All ranks go in one order: their rows are the same, and so are the names of their
+                # factors.
                 for name in [name for name in self._direction if name in waiting]:
                     self._add_products(mine, waiting.pop(name), whole_of(self._direction[name]))
         self._losses[mine] = losses.double()
 
     def compare_batches(self) -> None:
-        """The rows of every two batches, parameter by parameter."""
+        """Add the products between the rows of every two batches, parameter by parameter."""
         for name in self._kept.names():
             shape = self._plan.parameters[name].shape
             for earlier, factors, later, others in self._kept.pairs(name):
@@ -183,13 +184,17 @@ class _Sums:
             self._products[mine] += inner(factor, direction[None])[0]
 
     def _note_rounding(self, factors: Sequence[Factor]) -> None:
-        """Sums of 16 bits are exact, but what is added up was rounded: differences of rows are."""
+        """Note the rounding of factors in 16 bits.
+
+        Their products are added up exactly, but the factors were rounded before, and so are the
+        differences between rows.
+        """
         for factor in factors:
             if isinstance(factor, Outer | Lookup):
                 self._rounding = max(self._rounding, torch.finfo(factor.g.dtype).eps)
 
     def found(self) -> RowProducts:
-        """The sums, and what was kept; raise `NonFiniteError` where one is not finite."""
+        """The sums and the kept factors; raise `NonFiniteError` where a sum is not finite."""
         if not bool(self._numbers.isfinite().all()):
             own = torch.stack((self._gram.diagonal(), self._products, self._losses))
             finite = own.isfinite().all(0).tolist()

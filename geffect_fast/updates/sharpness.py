@@ -25,24 +25,24 @@ class SAM(UpdateRule):
 
         e = rho f / |f|        f1 = f(theta + e)        g = f1 + w r
 
-    Smoothings of the forget part `F` instead of, or beside it, which share its passes:
+    Other smoothings of the forget part `F`, in place of SAM or beside it, share its passes:
 
         sigma      random smoothing, E F(theta + d) with d ~ N(0, sigma^2): the mean of `draws`
                    gradients at theta + e + d
         penalty    + penalty |f|, whose gradient is penalty H f / |f|: penalty (f1 - f) / rho
         curvature  + curvature |f1 - f|^2, whose gradient is 2 curvature (H(theta + e) - H(theta)) d
-                   with d = f1 - f: products with the Hessian matrix are differences of gradients
+                   with d = f1 - f; products with the Hessian matrix are differences of gradients
                    at points rho along d, too
 
     Args:
-        rho: radius; of differences, too.
+        rho: radius of the ascent, and distance of points whose gradients are subtracted.
         ascent: whether the gradient is taken at theta + e, as SAM does; else at theta.
         sigma: standard deviation of random smoothing.
-        draws: of random smoothing.
-        penalty, curvature: what they count.
-        seed: of the draws.
+        draws: number of draws of random smoothing.
+        penalty, curvature: weights of these two terms.
+        seed: seed of the draws.
 
-    Source: arXiv 2502.05374, whose released code has the options without effect; the curvature is
+    Source: arXiv 2502.05374, in whose released code the options have no effect; the curvature is
         that of arXiv 1811.09716.
     """
 
@@ -88,7 +88,7 @@ class SAM(UpdateRule):
         step.write(out, r)
 
     def _smoothed(self, step: Step, f: Gradients, f1: Gradients | None, e: Move) -> Gradients:
-        """The gradient at theta or theta + e, or its mean over draws around there."""
+        """The gradient at theta or theta + e, or its mean over draws around that point."""
         if not self.sigma:
             return f1 if self.ascent and f1 is not None else f
         mean: Gradients = {}

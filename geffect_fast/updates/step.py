@@ -1,4 +1,4 @@
-"""What a rule is given: the gradients and products of one update, computed when it asks.
+"""The gradients and products of one update, computed when an update rule asks for them.
 
 A rule knows nothing of batches, Trainers or accumulation: `Losses` hides them.
 """
@@ -30,11 +30,11 @@ class RetainBatch:
     """Retain rows that run together, and their losses one by one.
 
     Attributes:
-        axis: which rows of a module's input are a sample's.
-        n_tokens: of the batch.
-        losses: called with the model and this batch, runs the one on the other and returns
-            `(n_rows,)` losses, whose sum over all batches is the retain loss.
-        around: entered around a forward and its backward.
+        axis: the rows of a module's input that belong to each sample.
+        n_tokens: number of tokens in the batch.
+        losses: called with the model and this batch; runs the model and returns `(n_rows,)` losses,
+            whose sum over all batches is the retain loss.
+        around: gives a context to enter around a forward and its backward.
     """
 
     axis: Segments
@@ -44,25 +44,25 @@ class RetainBatch:
 
     @property
     def n_rows(self) -> int:
-        """Samples of the batch."""
+        """Number of samples in the batch."""
         return self.axis.n_samples
 
 
 class Losses(Protocol):
-    """The losses of one update, whatever its rows are cut into.
+    """The losses of one update, however its rows are cut into batches.
 
     Attributes:
-        retain_weight: what the retain loss counts in the objective; 0 where it is only protected.
+        retain_weight: weight of the retain loss in the objective; 0 where it is only protected.
     """
 
     retain_weight: float
 
     def forget(self) -> float:
-        """Add the gradient of the objective's forget part to `.grad`; its value."""
+        """Add the gradient of the objective's forget part to `.grad`; return the part's value."""
         ...
 
     def retain(self) -> float:
-        """Add the gradient of the retain loss to `.grad`; its value."""
+        """Add the gradient of the retain loss to `.grad`; return the loss."""
         ...
 
     def retain_batches(self) -> Sequence[RetainBatch]:
@@ -70,24 +70,25 @@ class Losses(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar to `.grad`; of a model in parts, of all ranks' scalars."""
+        """Add a scalar's gradient to `.grad`; for a model in parts, that of all ranks' scalars."""
         ...
 
 
 class Step:
-    """One update: what a rule may ask for, and where it writes.
+    """One update: the gradients that a rule may ask for, and the `.grad` that it writes.
 
     Args:
-        rule: whose needs say what may be asked for.
-        plan: of the model.
-        losses: of the update.
-        optimizer: None where nobody knows it.
-        number: updates before this one.
-        memory: what the rule remembered in them, tensors by parameter name under any key.
+        rule: the rule, whose needs say what may be asked for.
+        plan: the plan of the model.
+        losses: the losses of the update.
+        optimizer: the optimizer that will step; None where it is not known.
+        number: number of updates before this one.
+        memory: what the rule remembered from earlier updates: tensors by parameter name, under any
+            key.
 
     Attributes:
-        value: of the objective on the rows of the update, as far as it has been evaluated.
-        remembered: what the rule is to find in `memory` at the next update.
+        value: value of the objective on the rows of the update, as far as it was evaluated.
+        remembered: what the rule will find in `memory` at the next update.
     """
 
     def __init__(
@@ -116,25 +117,26 @@ class Step:
         return self._taken()
 
     def forget_in_place(self) -> Gradients:
-        """The same, left in `.grad`."""
+        """The gradient of the objective's forget part, left in `.grad`."""
         with torch.enable_grad():
             self.value += self._losses.forget()
         return {name: p.grad for name, p in self._plan.at_rest.items() if p.grad is not None}
 
     def forget_at(self, *moves: Move) -> Gradients:
-        """The gradient of the forget part at weights moved by all `moves`, and moved back bitwise.
+        """The gradient of the forget part at weights that are moved by all `moves`.
 
-        Dropout is that of the first pass, so that gradients differ by the weights alone.
+        The weights are put back bitwise. Dropout is that of the first pass, so that gradients
+        differ by the weights alone.
         """
         self._has("full_precision")
         parameters = self._plan.at_rest
         before = {name: parameters[name].clone() for name in union(of for _, of in moves)}
         _set_random_state(self._plan, self._random)
-        put_to_rest(self._plan.model)  # what is whole is made of the parts that are moved
+        put_to_rest(self._plan.model)  # whole parameters are made of the parts that are moved
         try:
             for factor, of in moves:
                 for name, move in of.items():
-                    # In place, as what brings parts together knows where they lie.
+                    # In place, because FSDP brings parts together from where they lie.
                     parameters[name].add_(move, alpha=factor)
             with torch.enable_grad():
                 self._losses.forget()
@@ -147,7 +149,7 @@ class Step:
     def retain(self) -> Gradients:
         """The gradient of the retain loss, taken out of `.grad`.
 
-        Asked for by rules that need it, and by any where the objective has a retain part.
+        Only rules that need it may ask for it, but any rule where the objective has a retain part.
         """
         if not self.retain_weight:
             self._has("retain")
@@ -160,12 +162,12 @@ class Step:
     def row_products(self, direction: Gradients, room: float) -> RowProducts:
         """Inner products of the retain rows' gradients with each other, and with a direction.
 
-        Those of the model in eval mode, as are those of `add_rows`.
+        Gradients are those of the model in eval mode, here and in `add_rows`.
 
         Args:
-            direction: by parameter name.
-            room: for inputs and output gradients of rows on the model's device, in sizes of what a
-                rank holds of a direction; the others wait elsewhere.
+            direction: the direction, by parameter name.
+            room: memory of the model's device for inputs and output gradients of rows, in sizes of
+                the part of a direction that a rank holds; the rest waits elsewhere.
         """
         self._has("retain_rows")
         batches = self._losses.retain_batches()
@@ -183,7 +185,7 @@ class Step:
 
         Args:
             weights: `(n_rows,)`.
-            kept: what `row_products` kept of the rows; None: they run once more.
+            kept: the factors that `row_products` kept; None: the rows run once more.
         """
         self._has("retain_rows")
         batches = self._losses.retain_batches()
@@ -201,10 +203,10 @@ class Step:
     def _dealt(
         self, weighted: list[tuple[Tensor, RetainBatch]]
     ) -> list[tuple[Tensor, RetainBatch]]:
-        """This rank's of batches with their rows' weights, as many as each other one has.
+        """This rank's batches with their rows' weights, as many as every other rank has.
 
-        Where it has too few, as whole weights come and go for all ranks at once, the first batch
-        stands in and counts for nothing.
+        Whole weights are gathered and freed for all ranks at once, so all ranks run equally many
+        batches. If this rank has too few, the first batch stands in with weights of zero.
         """
         if self._plan.shards is None:
             return weighted
@@ -230,9 +232,9 @@ class Step:
         """Make `gradient` the parameters' `.grad`.
 
         Args:
-            gradient: which is used up.
-            retain: the retain gradient, to be added as much as it counts in the objective; None:
-                it is in `gradient`.
+            gradient: the gradient; the call may change it.
+            retain: the retain gradient, to be added with its weight in the objective; None:
+                `gradient` holds it already.
         """
         if retain is not None and self.retain_weight:
             add(gradient, retain, self.retain_weight)

@@ -1,4 +1,4 @@
-"""A rule at work on one model: its checks, and what it remembers from update to update."""
+"""An update rule at work on one model, with its checks and its memory from update to update."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from geffect_fast.updates.step import Losses, Step
 
 
 class Updater:
-    """Applies an update rule to a model, update by update.
+    """An update rule that is applied to a model, update by update.
 
     Args:
         rule: the rule.
-        model: its trainable parameters are what is updated. Where FSDP2 shares them out, all ranks
-            update together, and so they call `state_dict`.
+        model: the model, whose trainable parameters are updated. Where FSDP2 shares them out, all
+            ranks call `update` together, and `state_dict` too.
 
     Attributes:
-        ranks: who share the model out; where it is whole, this process alone.
+        ranks: the ranks that share the model out; this process alone where the model is whole.
 
     Raises:
-        InputError: the rule moves weights by little, which their precision rounds away.
+        InputError: the rule moves weights by so little that their precision rounds it away.
         UnsupportedModelError: the model is spread over devices in another way.
 
     Examples:
@@ -68,30 +68,31 @@ class Updater:
                     )
 
     def check(self, optimizer: Any) -> None:
-        """Raise `InputError` where the rule cannot work with an optimizer, or its state."""
+        """Raise `InputError` where the rule cannot work with an optimizer or with its state."""
         if "optimizer" in self.rule.needs:
             check_optimizer(optimizer, self._parameters, str(self.rule))
 
     def check_rows(self, n_retain: int) -> None:
-        """Raise `InputError` where the rule cannot work with so many retain rows an update."""
+        """Raise `InputError` where the rule cannot work with `n_retain` retain rows an update."""
         if "retain_rows" in self.rule.needs:
             device = next(iter(self._parameters.values())).device
             check_rows(n_retain, device, str(self.rule))
 
     def update(self, losses: Losses, optimizer: Any = None) -> float:
-        """Write the parameters' `.grad` for one update; the objective's value on its rows.
+        """Write the parameters' `.grad` for one update; return the objective's value on its rows.
 
-        Where it fails, parameters have no gradients and the rule remembers what it did before.
+        If the update fails, parameters have no gradients and the rule's memory is as before.
 
         Args:
-            losses: of the update.
-            optimizer: that will step, for rules that read its state.
+            losses: the losses of the update.
+            optimizer: the optimizer that will step, for rules that read its state.
 
         Raises:
-            InputError: gradients are there already, an objective without a retain part where the
-                rule needs one, no retain rows, an optimizer it does not know.
+            InputError: gradients are there already, other parameters ask for gradients than at the
+                start, the objective lacks a retain part that the rule needs, there are no retain
+                rows, or the rule does not know the optimizer.
             NonFiniteError: a product of gradients is not finite.
-            UnsupportedModelError: retain rows that cannot be told apart; the module is named.
+            UnsupportedModelError: retain rows cannot be told apart; the module is named.
         """
         rule, parameters = self.rule, self._parameters
         if "retain_part" in rule.needs and not losses.retain_weight:
@@ -135,10 +136,10 @@ class Updater:
         return self._plan
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed needs: the number of updates, and the rule's memory.
+        """The state that a resumed run needs: the number of updates, and the rule's memory.
 
-        The memory is whole. Of a model in parts it is brought together on the first rank, on the
-        CPU, and the others' is empty.
+        The memory is whole. For a model in parts it is brought together on the first rank, on the
+        CPU, and is empty on the others.
         """
         memory: Mapping[str, Mapping[str, torch.Tensor]] = self._memory
         if self.ranks.size > 1:
@@ -146,10 +147,10 @@ class Updater:
         return {"rule": str(self.rule), "updates": self.updates, "memory": memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Go on from the state that `state_dict` returned.
 
         Raises:
-            InputError: it is of another rule or model.
+            InputError: the state is of another rule or model.
         """
         if state.get("rule") != str(self.rule):
             raise InputError(
@@ -175,7 +176,7 @@ class Updater:
 
 
 def no_retain_part(rule: UpdateRule, objective: str = "the objective") -> InputError:
-    """What to say where a rule adds the retain gradient, and the objective has none."""
+    """The error of a rule that adds the retain gradient where the objective has no retain part."""
     return InputError(
         f"update {rule}: the retain gradient is part of the update, and {objective} has no retain "
         "part; add one, such as 'ga + nll'"
