@@ -10,24 +10,25 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 DEMO_OUT ?= demo-run
 
-# By default OpenMP's threads spin while they wait; on cores shared with other programs that turns
-# minutes into hours, and it saves next to nothing elsewhere.
+# By default OpenMP's threads spin while they wait. On cores shared with other programs spinning turns
+# minutes into hours; elsewhere it saves next to nothing.
 export OMP_WAIT_POLICY ?= passive
 
-# Our own modules are imported by many short processes: they are compiled once.
+# Many short processes import the package's modules, so their bytecode is kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests run side by side, neighbours together, and who is done first takes from the others; the
-# models are so small that one thread each is fastest. Some wait for processes that they start, so that
-# there is one more than there are cores. One that hangs is named after ten minutes.
+# Tests run side by side, neighbours together, and a worker without tests takes some from the others.
+# The models are so small that one thread a worker is fastest. Some tests wait for processes that they
+# start, so there is one worker more than there are cores. A test that hangs is named after ten minutes.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
 SIDE_BY_SIDE = -n $(JOBS) --dist worksteal --timeout 600
 
 # The suite once more on an installation without kernels; it borrows every other package from $(VENV).
 VENV_NONE := .venv-none
 
-# The C++ kernels under AddressSanitizer and UBSan, beside those that $(VENV) serves. Both are g++'s,
-# and must be loaded before Python is; Python itself never frees some of its memory: no leaks.
+# The C++ kernels under AddressSanitizer and UBSan, beside the kernels that $(VENV) serves. Both
+# sanitizers are g++'s, and must be loaded before Python. Leaks are not checked, as Python itself never
+# frees some of its memory.
 SANITIZED := build/sanitize
 SANITIZE := GEFFECT_FAST_BUILD=sanitize CXX=g++
 WITH_SANITIZERS = $(SANITIZE) PYTHONPATH="$(CURDIR)/$(SANITIZED)/lib" OMP_NUM_THREADS=2 \
@@ -38,7 +39,8 @@ NATIVE := $(shell find csrc -type f)
 PYTHON_FILES := $(shell find geffect_fast -name '*.py' -o -name '*.jinja')
 CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(shell find tests/cuda_shim -type f))
 
-# What an extra asks for on this Python, from the installed metadata: not from an old one in here (-I).
+# The requirements of an extra on this Python, from the installed metadata, not an old one in this
+# folder (-I).
 extra = $$($(BIN)/python -I -c 'from importlib.metadata import requires; \
 	from packaging.requirements import Requirement; \
 	print(*(str(r).split(";")[0] for r in map(Requirement, requires("geffect-fast")) \
@@ -69,7 +71,7 @@ help:
 
 install: $(VENV)/installed
 
-# Distributions that split ensurepip off still have venv itself and a pip that can fill it.
+# Distributions without ensurepip still have venv itself, and a pip that can install into it.
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.10 or later is needed;" \
@@ -92,14 +94,14 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(NATIVE)
 	@$(BIN)/geffect-fast env
 	@touch $@
 
-# One after the other, also where make runs targets side by side. CUTLASS may be there already, without
-# what its Python side needs, of which pip would complain.
+# Installations run one after the other, even where make runs targets side by side. CUTLASS may be
+# installed already without the packages that its Python side needs, of which pip would complain.
 $(VENV)/tools-%: $(VENV)/installed
 	@echo "installing what '$*' needs"
 	@flock $(VENV) $(PIP) --no-warn-conflicts $(call extra,$*)
 	@touch $@
 
-# The headers alone: what the package depends on is for its Python side.
+# Only the headers are installed: the package's dependencies serve its Python side.
 $(VENV)/tools-cuda: $(VENV)/installed
 	@echo "installing the CUTLASS headers"
 	@flock $(VENV) $(PIP) --no-deps $(call extra,cuda)
@@ -108,16 +110,17 @@ $(VENV)/tools-cuda: $(VENV)/installed
 demo: $(VENV)/tools-evaluate
 	$(BIN)/geffect-fast demo --out $(DEMO_OUT) --overwrite
 
-# Outputs are those of the commands above them; without --check the script puts them there.
+# Checks that the shown outputs are those of the commands above them; without --check the script
+# puts them in place.
 readme: $(VENV)/installed
 	$(BIN)/python tools/readme_outputs.py --check
 
-# mkdocs.yml is strict: a link or an anchor that leads nowhere, or a page that no menu has, fails.
+# mkdocs.yml is strict: a broken link or anchor fails, and so does a page that is in no menu.
 docs: $(VENV)/tools-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir build/docs
 
-# Without what takes long: whole demos, examples and benchmarks, runs that are killed over and over, all
-# architectures by every way, CUDA kernels thread by thread.
+# All tests but the slow ones: whole demos, examples and benchmarks, runs that are killed over and over,
+# all architectures in every way, CUDA kernels thread by thread.
 test: $(VENV)/tools-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"
 
@@ -136,14 +139,15 @@ $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
 		--disable-pip-version-check --no-deps --no-build-isolation --ignore-installed .
 	@touch $@
 
-# What calls the ops, and the commands once; the rest does not know who serves them. The values of the
-# reference are tested beside those of the kernels. Of architectures those that differ most will do.
+# The tests of code that calls the ops, and each command once; other code does not depend on the
+# provider of the ops. The values of the reference are tested beside those of the kernels. The
+# architectures that differ most are enough.
 WITHOUT_KERNELS = tests/ops/test_op_backend.py tests/ops/test_op_contract.py tests/capture \
 	tests/engines/test_directions.py tests/engines/test_forward_sums.py tests/measure/test_check.py \
 	tests/measure/test_check_deviations.py tests/measure/test_resolve.py tests/test_cli.py \
 	tests/test_functional.py
 
-# pytest's own script, since `python -m pytest` would put this folder's package before the installed one
+# pytest's own script: `python -m pytest` would put this folder's package before the installed one.
 test-nobuild: $(VENV_NONE)/installed
 	GEFFECT_FAST_BUILD=none OMP_NUM_THREADS=1 \
 		$(VENV_NONE)/bin/python $(BIN)/pytest -q $(SIDE_BY_SIDE) $(WITHOUT_KERNELS) \
@@ -170,9 +174,9 @@ $(SANITIZED)/built: $(VENV)/tools-test setup.py $(NATIVE) $(PYTHON_FILES)
 		build --build-base $(@D) --build-lib $(@D)/lib >$(@D)/log 2>&1 || { cat $(@D)/log; exit 1; }
 	@touch $@
 
-# A report goes to file descriptor 2, of which pytest must keep its hands. Whole models hand kernels
-# nothing that the samples of ops do not. The values once more with the instructions of an old
-# processor.
+# Sanitizers report to file descriptor 2, which pytest must not capture. Whole architectures are left
+# out: they call kernels in no other way than the samples of the ops. The values are tested once more
+# with the instructions of an old processor.
 UNDER_SANITIZERS = $(BIN)/pytest -q $(SIDE_BY_SIDE) --capture=sys \
 	-k "not shim and not reference and not every_architecture"
 sanitize: $(SANITIZED)/built
@@ -192,7 +196,7 @@ matrix: $(VENV)/installed
 bench: $(VENV)/tools-test
 	for script in $(filter-out %/bench_gpu.py %/bench_gpu_engines.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python "$$script" || exit 1; done
 
-# What TORCH_CUDA_ARCH_LIST is for the GPUs of this machine.
+# The TORCH_CUDA_ARCH_LIST for the GPUs of this machine.
 GPUS_HERE = import torch; n = torch.cuda.device_count(); \
 	found = sorted({torch.cuda.get_device_capability(i) for i in range(n)}); \
 	print(*("%d.%d%s" % (*c, "a" if c == (9, 0) else "") for c in found), sep=";")
@@ -214,9 +218,9 @@ gpu-bench: gpu-build
 gpu-engines: gpu-build
 	$(PYTHON) benchmarks/bench_gpu_engines.py
 
-# All of it in one command, what matters most first. Every step has seconds of its own and a log, and
-# one that fails keeps none of the others from running. What is timed in less time than it takes
-# goes to $(GPU_OUT), not to benchmarks/results.
+# All steps in one command, the most important first. Every step has seconds of its own and a log, and
+# a step that fails keeps none of the others from running. Figures of benchmarks that had less than
+# their full time go to $(GPU_OUT), not to benchmarks/results.
 GPU_OUT ?= build/gpu
 GPU_STEPS ?= build test engines bench
 GPU_SECONDS_build ?= 120
@@ -242,7 +246,7 @@ define gpu_step
 	tail -n $(GPU_SHOWN) "$(GPU_OUT)/$(1).log";
 endef
 
-# Lines of a log that are shown when its step ends.
+# The number of lines of a log that are shown when its step ends.
 GPU_SHOWN ?= 60
 
 gpu:

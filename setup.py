@@ -41,8 +41,8 @@ SANITIZE_FLAGS = [
     "-fno-omit-frame-pointer",
     SANITIZERS,
     "-fno-sanitize-recover=undefined",
-    "-fno-wrapv",  # Python's own flags define what an overflow gives, so UBSan would not look
-    "-D_GLIBCXX_ASSERTIONS",  # a vector's index, which neither sees as long as memory is there
+    "-fno-wrapv",  # Python's own flags define overflows, so UBSan would ignore them
+    "-D_GLIBCXX_ASSERTIONS",  # vector indices, which neither checks in allocated memory
 ]
 NVCC_FLAGS = [
     "-O3",
@@ -54,7 +54,7 @@ NVCC_FLAGS = [
     "-DNDEBUG",  # an assert is a call, before which wgmma instructions must wait
     "-Xcompiler=-fvisibility=hidden",
 ]
-# Where nvcc knows them all and TORCH_CUDA_ARCH_LIST names no others.
+# Used where nvcc knows them all and TORCH_CUDA_ARCH_LIST names no others.
 CUDA_TARGETS = ("8.0", "8.9", "9.0a", "10.0", "12.0")
 # The one target of *_sm90.cu, which use instructions that only sm_90a has.
 HOPPER_FLAG = "-gencode=arch=compute_90a,code=sm_90a"
@@ -65,7 +65,7 @@ ABI3 = os.environ.get("GEFFECT_FAST_ABI3") == "1"
 
 
 def notice(message: str) -> None:
-    """Say on stderr what is not built; pip shows it with -v."""
+    """Say on stderr what is not built; pip shows stderr with -v."""
     print(f"geffect-fast: {message}", file=sys.stderr)
 
 
@@ -92,11 +92,11 @@ class Toolkit(NamedTuple):
 
     @property
     def nvcc(self) -> Path:
-        """The compiler."""
+        """The path of the compiler."""
         return self.home / "bin" / "nvcc"
 
     def targets(self) -> list[str]:
-        """Return those of CUDA_TARGETS that this nvcc can compile for."""
+        """Return the entries of CUDA_TARGETS that this nvcc can compile for."""
         listed = _output_of(self.nvcc, "--list-gpu-code").split()
         return [target for target in CUDA_TARGETS if sm_name(target).rstrip("a") in listed]
 
@@ -107,7 +107,7 @@ def sm_name(target: str) -> str:
 
 
 def _output_of(*command: str | Path) -> str:
-    """Return what a command says, "" where it does not run."""
+    """Return the output of a command, "" where the command fails."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
@@ -124,7 +124,7 @@ def find_toolkit() -> Toolkit | None:
         nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
         if nvcc is None:
             return None
-        # What PATH finds may be a link or a script elsewhere; nvcc says where it belongs.
+        # nvcc in PATH may be a link or a script elsewhere; nvcc itself names its toolkit.
         top = re.search(r"TOP=(.+)", _output_of(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
         home = top[1] if top else str(Path(nvcc).resolve().parents[1])
     toolkit = Toolkit(Path(home).resolve(), "")
@@ -162,13 +162,13 @@ def gencode_flags(toolkit: Toolkit) -> list[str]:
             f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']!r} names no GPU that torch"
             f" knows; use something like {';'.join(CUDA_TARGETS)}"
         )
-    # Beside code for sm_90a, that for sm_90 could only be taken in its place.
+    # Beside code for sm_90a, code for sm_90 would never be chosen.
     plain = HOPPER_FLAG.replace("90a", "90")
     return [flag for flag in flags if flag != plain or HOPPER_FLAG not in flags]
 
 
 def hopper_defines(gencode: list[str]) -> list[str]:
-    """Tell the host's code that kernels with instructions of sm_90a alone are there."""
+    """Tell the host code that the kernels with instructions of sm_90a alone exist."""
     return ["-DGEFFECT_FAST_SM90A"] if HOPPER_FLAG in gencode else []
 
 
@@ -192,7 +192,7 @@ def missing_for_hopper(gencode: list[str]) -> str | None:
 
 
 def sources(pattern: str) -> list[str]:
-    """Return files of csrc/; setuptools wants them relative to the folder of setup.py."""
+    """Return files of csrc/; setuptools wants paths relative to the folder of setup.py."""
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
 
 
@@ -211,7 +211,8 @@ def cxx_flags() -> list[str]:
 def op_library(name: str, files: list[str], nvcc_flags: list[str] | None = None):
     """Describe a library of operators, with CUDA kernels where nvcc_flags are given.
 
-    It knows nothing of Python, so it also builds where Python's own headers are not installed.
+    The library knows nothing of Python, so that it also builds where Python's own headers are not
+    installed.
     """
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 

@@ -1,14 +1,14 @@
-"""What verification costs, as a part of a profile of 40 forget and 40 retain rows.
+"""The cost of verification, as a part of a profile of 40 forget and 40 retain rows.
 
     python benchmarks/bench_check.py            # about 5 minutes on two cores; writes
                                                 # benchmarks/results/check_cpu.csv
     python benchmarks/bench_check.py --quick    # a tiny model, prints only
 
-Inside a profile the steps that verify are timed where they run: the layout (trials, positions, and
-mask of a model whose code is known), rows shown to belong to samples, the model's own loss, and how
-far 16 bits can be trusted. Of `check` the whole time counts. Profiles and checks take turns, each
-on a copy of the model, as nothing that is found out about a model is found out twice; the least of
-`--rounds` counts, as noise only ever adds time.
+The verifying steps are timed inside a profile: the layout (trials, positions, and the mask of a
+model whose code is known), the trial that rows belong to samples, the model's own loss, and the
+precision of 16 bits. Of `check` the whole time counts. Profiles and checks take turns, each on a
+copy of the model, as findings about a model are remembered. The least of `--rounds` counts, as
+noise only ever adds time.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ STEPS = {
 
 
 class Llama(LlamaForCausalLM):
-    """Computes the same, and is not known by its code: everything is tried."""
+    """A Llama that is not known by its code, so that everything is tried."""
 
 
 def tried(model: nn.Module) -> nn.Module:
-    """The same model as a class that nobody has read."""
+    """The same model as an instance of an unknown class."""
     model.__class__ = Llama
     return model
 
@@ -73,7 +73,7 @@ def rows(seed: int) -> list[dict[str, list[int]]]:
 
 @contextmanager
 def timed() -> Iterator[dict[str, float]]:
-    """Inside, seconds of every step are added up by its name; rows inside a layout are its own."""
+    """Add up the seconds of every step by its name; a step inside another counts for the outer."""
     seconds: dict[str, float] = defaultdict(float)
     running: list[str] = []
 
@@ -98,7 +98,7 @@ def timed() -> Iterator[dict[str, float]]:
 
 
 def measure(name: str, quick: bool, rounds: int) -> dict[str, Any]:
-    """One row: what the steps and a check take beside a profile."""
+    """One row: the time of the steps and of a check beside a profile."""
     forget, retain = rows(0), rows(1)
     model = MODELS[name](make_model(quick))
     found: dict[str, list[float]] = {}

@@ -1,15 +1,14 @@
-"""How long commands that look at a run take, and how much memory, by the rows of the run.
+"""Time and memory of commands that look at a run, by the number of rows of the run.
 
     python benchmarks/bench_commands.py            # writes benchmarks/results/commands_cpu.csv
     python benchmarks/bench_commands.py --quick    # 40 rows, one round, prints only
 
-A run by row and token is made of a tiny model and of so many forget rows, questions and answers
-about invented authors, and then looked at by every command in a process of its own, its start
-included.
-Commands take turns; the least of `--rounds` rounds counts, as noise only ever adds time. `cpu_s` is
-the processor's time of the same, which others on the machine change less. `peak_mib` is the most
-memory that the process had; runs of few and of many rows beside each other say whether it grows.
-`written_mib` is the file that was made.
+A run by row and token is made of a tiny model and of some number of forget rows, questions and
+answers about invented authors. Every command then looks at the run in a process of its own, whose
+start counts. Commands take turns; the least of `--rounds` rounds counts, as noise only ever adds
+time. `cpu_s` is the processor's time of the same, which other programs change less. `peak_mib` is
+the most memory of the process; runs of few and of many rows show whether it grows. `written_mib` is
+the size of the written file.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ one that starts it."""
 
 
 def make_run(folder: Path, n: int) -> Path:
-    """A run folder of `n` forget rows by token, and what it was made from."""
+    """Make a run folder of `n` forget rows by token, and the inputs of the run."""
     rows: list[dict[str, Any]] = []
     while len(rows) < n + RETAIN:
         rows += make_fictitious_authors(MAX_AUTHORS, seed=len(rows))
@@ -69,7 +68,7 @@ def make_run(folder: Path, n: int) -> Path:
 
 
 def timed(arguments: Sequence[str]) -> tuple[float, float, float]:
-    """Seconds of a command, those of the processor, and the most MiB of memory that it had."""
+    """Seconds of a command, its processor time, and its most memory in MiB."""
     done = subprocess.run(
         [sys.executable, "-c", TIMED, *arguments],
         capture_output=True,
@@ -84,7 +83,7 @@ def timed(arguments: Sequence[str]) -> tuple[float, float, float]:
 
 
 def commands(run: Path) -> dict[str, tuple[list[str], Path | None]]:
-    """What is timed, by name: arguments, and the file that is written."""
+    """The commands to time, by name: arguments, and the written file."""
     place, beside = str(run), run.parent
     csv, parquet = beside / "effects.csv", beside / "effects.parquet"
     return {
@@ -99,7 +98,7 @@ def commands(run: Path) -> dict[str, tuple[list[str], Path | None]]:
 
 
 def measure(n: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """A row a command, on a run of `n` rows."""
+    """A row for each command, on a run of `n` rows."""
     timed_commands = commands(make_run(folder, n))
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in timed_commands}
     for _ in range(rounds):
@@ -123,7 +122,7 @@ def measure(n: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """What is printed of a row."""
+    """The printed line of a row."""
     written = f"  wrote {row['written_mib']} MiB" if row["written_mib"] else ""
     return (
         f"{row['rows']:5} rows  {row['command']:18} {row['least_s']:7.2f} s "

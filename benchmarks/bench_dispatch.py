@@ -1,18 +1,19 @@
-"""How many operations a profile dispatches, and how often it waits, beside a training step's.
+"""The operations that a profile dispatches, and its waits, beside a training step's.
 
     python benchmarks/bench_dispatch.py            # writes benchmarks/results/dispatch_cpu.csv
     python benchmarks/bench_dispatch.py --attention eager --out FILE
 
-On a GPU, the host launches what it dispatches: a profile of small batches takes as long as that
-does, whatever the kernels. Counts need no GPU, and do not depend on the machine.
+On a GPU the host launches every dispatched operation: a profile of small batches takes as long as
+these launches, whatever the kernels. Counts need no GPU, and do not depend on the machine.
 
-A Llama of 16 layers, 16 forget and 16 retain rows of 8 to 23 tokens in one batch a set, one
-objective, two risks. Counted are operations as they arrive below autograd (`TorchDispatchMode`):
-what torch composes of others counts as those, a backward counts, a kernel of ours is one. Waits are
-those among them whose result the host reads (`aten::_local_scalar_dense`) or whose size depends on
-values (`aten::nonzero`). A training step is the model's own forward and backward of the forget rows
-with gradients of all weights, under the attention that the passes run (`packed_attention`, which
-hands sequences to sdpa one by one; models that say eager run as they are).
+The profile is of a Llama of 16 layers with 16 forget and 16 retain rows of 8 to 23 tokens in one
+batch a set, one objective, two risks. Operations are counted as they arrive below autograd
+(`TorchDispatchMode`): a composed operation of torch counts as its parts, a backward counts, a
+kernel of this package is one. Waits are the operations whose result the host reads
+(`aten::_local_scalar_dense`) or whose size depends on values (`aten::nonzero`). A training step is
+the model's own forward and backward of the forget rows with gradients of all weights, under the
+attention that the passes run (`packed_attention`, which hands sequences to sdpa one by one; models
+with eager attention run as they are).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts what is dispatched inside."""
+    """A count of the operations that are dispatched inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Dispatched(TorchDispatchMode):
 
 
 def counted(run: Callable[[], Any]) -> tuple[int, int]:
-    """Operations and waits of a second run: a first one may register or try something."""
+    """Operations and waits of a second run, as a first run may register or try something."""
     run()
     with Dispatched() as found:
         run()
@@ -71,7 +72,7 @@ def counted(run: Callable[[], Any]) -> tuple[int, int]:
 
 
 def make_llama(attention: str) -> nn.Module:
-    """16 narrow layers with random weights."""
+    """A Llama of 16 narrow layers with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -96,7 +97,7 @@ def rows(seed: int) -> list[dict[str, list[int]]]:
 
 
 def measure(attention: str) -> list[dict[str, Any]]:
-    """The table's rows of one attention."""
+    """The table's rows for one attention."""
     model, plan = make_llama(attention), Plan.of(make_llama(attention))
     data = {"forget": rows(0), "retain": rows(1)}
     sets = {name: tokenize_rows(each, None, name=name) for name, each in data.items()}

@@ -1,17 +1,17 @@
-"""What ranks send each other in a profile and in a training step, and how long these take them.
+"""The data that ranks exchange in a profile and in a training step, and the time of both.
 
     python benchmarks/bench_distributed.py            # benchmarks/results/distributed_cpu.csv
     python benchmarks/bench_distributed.py --quick    # a tiny model, 2 ranks, prints only
 
-Ranks are processes of one thread each on this machine's cores, which talk by gloo. A profile by
-parameter and sample, of forget and retain rows, and a step of a training on the forget rows are
-measured with the whole model on every rank (`none`) and with its part of it (`fsdp`). `sent_mib` is
-what a rank sends, counted at every collective by its ring algorithm's share; `messages` are the
-collectives; `least_mib` is what must be sent however it is done: sums of the gradients once
-(`none`), and for every batch the weights of its forward, those of the blocks for its backward, the
-gradients' sums, and for products directions or rows, whichever is fewer bytes (`fsdp`).
-`against_one` is the time in that of one rank, of the same work within one run: ranks share this
-machine's cores, so it says what meeting costs, not what more machines bring.
+Ranks are processes of one thread each on the cores of one machine, which talk by gloo. A profile by
+parameter and sample, of forget and retain rows, and a training step on the forget rows are measured
+with the whole model on every rank (`none`) and with a part on every rank (`fsdp`). `sent_mib` is
+the data that a rank sends, counted at every collective by its ring algorithm's share; `messages`
+counts the collectives. `least_mib` is the data that must be sent in any case: sums of the gradients
+once (`none`), and for every batch the weights of its forward, those of the blocks for its backward,
+the gradients' sums, and for products directions or rows, whichever is fewer bytes (`fsdp`).
+`against_one` is the time relative to one rank for the same work within one run: as the ranks share
+one machine's cores, this ratio shows the cost of exchanges, not the gain of more machines.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TOKENS = 128
 
 
 class Sent(TorchDispatchMode):
-    """Counts collectives, and the bytes that this rank sends in each.
+    """A count of collectives, and of the bytes that this rank sends in each.
 
     Attributes:
         n_bytes, messages: by the kind of the collective.
@@ -83,7 +83,7 @@ class Sent(TorchDispatchMode):
 
 
 def _kind(name: str) -> tuple[str, float]:
-    """The collective's kind, and how often a ring sends the whole tensor's share."""
+    """The collective's kind, and the number of times that a ring sends the whole tensor's share."""
     if "reduce_scatter" in name:
         return "reduce_scatter", 1.0
     if "allreduce" in name or "all_reduce" in name:
@@ -91,12 +91,12 @@ def _kind(name: str) -> tuple[str, float]:
     if "allgather" in name or "all_gather" in name:
         return "all_gather", 1.0
     if "alltoall" in name or "all_to_all" in name:
-        return "all_to_all", 0.5  # what goes and what comes are as large, and both are counted
+        return "all_to_all", 0.5  # sent and received data are equal, and both count
     return ("broadcast", 1.0) if "broadcast" in name else ("", 0.0)
 
 
 def _largest(given: Any) -> int:
-    """Bytes of the largest list of tensors, or tensor: what is gathered, or added up."""
+    """Bytes of the largest tensor or list of tensors: the data that is gathered, or added up."""
     if isinstance(given, torch.Tensor):
         return given.nbytes
     if isinstance(given, list | tuple):
@@ -115,7 +115,7 @@ def rows(seed: int) -> list[dict[str, list[int]]]:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Sent]:
-    """The seconds of what all ranks do, and what this one sent in it."""
+    """Seconds of the work of all ranks, and the data that this rank sent."""
     size = ranks.here().size
     if size > 1:
         dist.barrier()
@@ -126,7 +126,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Sent]:
 
 
 def step(model: Any) -> dict[str, Any]:
-    """A step of a training on the ranks that are here: seconds, and what was sent."""
+    """A training step on the existing ranks: seconds, and sent data."""
     together = ranks.here()
     n_elements = sum(p.numel() for p in model.parameters())
     n_in_blocks = sum(p.numel() for p in model.model.layers.parameters())
@@ -158,7 +158,7 @@ def step(model: Any) -> dict[str, Any]:
 def row(
     what: str, n_elements: int, n_batches: int, sent: Sent, least: float, seconds: float
 ) -> dict[str, Any]:
-    """Of a rank, where `least` elements in fp32 go through a ring."""
+    """A row for one rank, where `least` elements in fp32 go through a ring."""
     size = ranks.here().size
     return {
         "what": what,
@@ -173,7 +173,7 @@ def row(
 
 
 def profile(model: Any) -> dict[str, Any]:
-    """A profile on the ranks that are here: seconds, and what was sent."""
+    """A profile on the existing ranks: seconds, and sent data."""
     n_elements = sum(p.numel() for p in model.parameters())
     n_in_blocks = sum(p.numel() for p in model.model.layers.parameters())
     given: dict[str, Any] = {"forget": rows(1), "retain": rows(2), "objectives": ["ga"]}
@@ -195,7 +195,7 @@ def profile(model: Any) -> dict[str, Any]:
 
 
 def measured(sharding: str, quick: bool) -> list[dict[str, Any]]:
-    """A row of each kind of work, on the ranks that are here."""
+    """A row for each kind of work, on the existing ranks."""
     found = []
     for work in (profile, step):
         model = make_model(quick)
@@ -206,7 +206,7 @@ def measured(sharding: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def run(size: int, sharding: str, quick: bool) -> list[dict[str, Any]]:
-    """What the first of so many ranks found, each a process of its own."""
+    """The first rank's result of several ranks, each a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.pt"
         command = [

@@ -3,10 +3,10 @@
     python benchmarks/bench_forward.py            # writes benchmarks/results/forward_cpu.csv
     python benchmarks/bench_forward.py --quick    # a tiny model, one shape, prints only
 
-All run on the same tokens, every token labelled, two risks. The training step is one forward and
-backward with all weight gradients and no optimizer. The engines are given the risks' gradients and
-find the effects of all objectives, per sample; the forward engine has them per token, and adds up.
-Contestants take turns; the least of `--rounds` rounds counts, as noise only ever adds time.
+All run on the same tokens, every token labelled, with two risks. The training step is one forward
+and backward with all weight gradients and no optimizer. The engines are given the risks' gradients
+and find the effects of all objectives by sample; the forward engine finds them by token, and adds
+up. Contestants take turns; the least of `--rounds` rounds counts, as noise only ever adds time.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def training_step(model: nn.Module, ids: Tensor) -> None:
 
 
 def objectives_of(n: int) -> list[Any]:
-    """`n` objectives, as many of each family."""
+    """`n` objectives, equally many of each family."""
     if n == len(RANGES):
         return parse_list("wga, npo(beta=0.1), tnpo(beta=1), simnpo(beta=2.5), satimp")
     each = n // len(RANGES)
@@ -74,7 +74,7 @@ def effects(
     n: int,
     samples: int,
 ) -> None:
-    """One engine over the passes of `n` objectives."""
+    """The passes of `n` objectives by one engine."""
     array = EffectArray(torch.eye(n, dtype=torch.float64), np.zeros((n, 2, 1, samples, 1)))
     columns = [0] * len(plan.parameters)
     shared = (plan, passes, directions, n, Reference(), array.add)
@@ -85,7 +85,7 @@ def effects(
 
 
 def contestants(model: nn.Module, n: int, length: int) -> dict[tuple[str, int], Callable[[], None]]:
-    """What is timed on one shape, by name and number of objectives."""
+    """The functions to time on one shape, by name and number of objectives."""
     plan = Plan.of(model)
     data = sample_set(n, length)
     ids = torch.stack([s.answer.input_ids for s in data.samples])

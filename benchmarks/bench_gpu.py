@@ -37,11 +37,11 @@ from geffect_fast import ops
 Row = dict[str, Any]
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-3}
 INPUT_SETS = 3
-MOST_LEFT_OUT = 10  # that are printed by name
+MOST_LEFT_OUT = 10  # shapes that are printed by name
 
 
 class Budget:
-    """Seconds that may be spent from now on."""
+    """A budget of seconds that begins at its creation."""
 
     def __init__(self, seconds: float) -> None:
         self.start, self.seconds = time.monotonic(), seconds
@@ -53,20 +53,20 @@ class Budget:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing new may be begun."""
+        """Whether no new case may begin."""
         return self.spent > self.seconds
 
 
 class DeviceLost(Exception):
-    """A kernel has failed in a way that nothing on the device survives."""
+    """A kernel's failure after which nothing on the device works."""
 
 
 class Disagreement(Exception):
-    """Two ways to compute an op give different results."""
+    """Different results of two ways to compute an op."""
 
 
 class Runner:
-    """Runs cases one by one; keeps their rows and what could not be timed."""
+    """A runner of cases, one by one, which keeps their rows and the reasons for missing ones."""
 
     def __init__(self, timer: Timer, ceilings: Ceilings, budget: Budget) -> None:
         self.timer, self.ceilings, self.budget = timer, ceilings, budget
@@ -91,7 +91,7 @@ class Runner:
             if self.budget.is_over:
                 self.left_out.append(f"{name} {provider}")
                 continue
-            self.timer.free_bytes()  # gives back what the last candidate has left
+            self.timer.free_bytes()  # frees the last candidate's memory
             try:
                 with mock.patch.dict("os.environ", candidate.environment):
                     calls = prepared(candidate, inputs)
@@ -113,13 +113,13 @@ class Runner:
         return rows
 
     def _note(self, what: str, provider: str, error: Exception) -> None:
-        """Keep what went wrong; raise where nothing can follow."""
+        """Keep an error; raise it where no other case can follow."""
         if isinstance(error, torch.OutOfMemoryError):
             self.problems.append(f"{what}: out of memory")
             return
         said = next(iter(str(error).strip().splitlines()), "")
         self.problems.append(f"{what}: {type(error).__name__}: {said}")
-        # A baseline that torch cannot compile is torch's affair.
+        # A baseline that torch cannot compile is a limit of torch.
         own = provider.startswith(gpu_report.OURS)
         self.failed = self.failed or own or isinstance(error, Disagreement)
         if "CUDA error" in str(error):
@@ -167,17 +167,17 @@ def prepared(candidate: Candidate, inputs: list[tuple[Any, ...]]) -> list[Any]:
 
 
 def rounded(value: float) -> float:
-    """Four digits."""
+    """A number rounded to four digits."""
     return float(f"{value:.4g}")
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Such as bfloat16."""
+    """A dtype's name, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def why_nothing_to_measure(device: torch.device) -> str | None:
-    """Return what keeps the kernels from being timed, None if nothing does."""
+    """Return the reason why kernels cannot be timed, None where they can."""
     if device.type == "cpu":
         return None
     if not torch.cuda.is_available():
@@ -189,7 +189,7 @@ def why_nothing_to_measure(device: torch.device) -> str | None:
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the most telling cases alone")
     parser.add_argument("--only", default="", help="cases whose op and shape contain this text")
@@ -201,7 +201,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print and write; 1 where a kernel failed or candidates disagree."""
+    """Measure, print and write; return 1 where a kernel failed or candidates disagree."""
     options = arguments()
     device = torch.device(options.device)
     if (reason := why_nothing_to_measure(device)) is not None:
@@ -251,7 +251,7 @@ def main() -> int:
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """Draw the plot, where matplotlib is there."""
+    """Draw the plot, where matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

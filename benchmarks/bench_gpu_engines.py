@@ -70,11 +70,11 @@ PAIRED = 8
 
 
 class Bench:
-    """The parts, on a model and a reference model.
+    """The parts of the benchmark, on a model and a reference model.
 
     Args:
-        runner: runs them.
-        device: where the models are.
+        runner: runs the parts.
+        device: device of the models.
         tiny: tiny models, few samples, one run each.
     """
 
@@ -88,12 +88,12 @@ class Bench:
         self.most_runs = 0 if tiny else MOST_RUNS
         self.model = make_model(device, tiny, 0)
         self.reference = make_model(device, tiny, 1)
-        gc.freeze()  # what is imported is not looked through at every collection
+        gc.freeze()  # the garbage collector does not look through imported modules
         self.steps: dict[int, float] = {}
         self.effects: dict[tuple[int, str], np.ndarray] = {}
 
     def parts(self) -> Iterator[tuple[str, Callable[[], None], float]]:
-        """What is measured, what matters most first, with the seconds it surely needs."""
+        """The parts, the most important first, with the seconds that each needs at least."""
         few, many = self.sizes
         yield f"training step, {few} samples", partial(self.step, few), 0
         for job in JOBS:
@@ -161,7 +161,7 @@ class Bench:
         self.note_trace(row, run)
 
     def run_of(self, job: Job, n: int) -> Callable[[], Any]:
-        """The profile, to be called."""
+        """The profile as a function to call."""
         forget, retain = self.data(n)
         return partial(
             gf.profile,
@@ -175,7 +175,7 @@ class Bench:
         )
 
     def profile(self, job: Job, n: int) -> None:
-        """Time a job, the first of several runs to warm up; trace it where that is quick."""
+        """Time a job, the first of several runs to warm up; trace quick jobs."""
         results: list[Any] = []
         run = self.run_of(job, n)
         few = n == self.sizes[0]
@@ -207,7 +207,7 @@ class Bench:
         self.note_trace(row, self.run_of(job, row["samples"]))
 
     def note_trace(self, row: Row, run: Callable[[], Any]) -> None:
-        """Enter what a trace counts into a row, and print it anew."""
+        """Enter the counts of a trace into a row, and print the row again."""
         traced: Traced | None = self.clock.trace(run)
         if traced is None:
             return
@@ -218,7 +218,7 @@ class Bench:
     # ---- per-sample functions ----
 
     def beside(self, quantity: str, ids: Tensor, candidates: dict[str, Callable[[], Any]]) -> None:
-        """Time the ways to a per-sample quantity, ours first; the others are compared with it."""
+        """Time the ways to a per-sample quantity; ours comes first, and the others must agree."""
 
         def backward() -> None:
             losses = sample_losses(self.model, ids)
@@ -331,7 +331,7 @@ class Bench:
         scaled = f"{len(self.families)} micro-batches of {MICRO_BATCH}, x {micro_batches}"
         on_device = [timed(name, self.device, None) for name in self.families]
         self.add_published("kept on the device", on_device, 0, micro_batches, scaled)
-        # The host's part takes tens of seconds a micro-batch, whichever the objective.
+        # The host's part takes tens of seconds a micro-batch, for any objective.
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
         some = {name for name in sizes if ".layers.0." in name}
         share = sum(sizes[name] for name in some) / sum(sizes.values())
@@ -354,12 +354,12 @@ class Bench:
 
 
 def keep(run: Callable[[], Any], results: list[Any]) -> None:
-    """Put a run's result in place of the last."""
+    """Replace the result of the last run by a new one."""
     results[:] = [run()]
 
 
 def losses_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """What the per-sample functions are given."""
+    """The losses that the per-sample functions are given."""
     return sample_losses(model, batch["input_ids"])
 
 
@@ -369,7 +369,7 @@ def relative(found: np.ndarray, other: np.ndarray) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script out")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, few samples")
@@ -380,7 +380,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print and write; 1 where a part failed or results disagree."""
+    """Measure, print and write; return 1 where a part failed or results disagree."""
     options = arguments()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

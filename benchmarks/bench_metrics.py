@@ -1,16 +1,16 @@
-"""What metrics cost, beside a training step on the same rows, on a CPU.
+"""The cost of metrics beside a training step on the same rows, on a CPU.
 
     python benchmarks/bench_metrics.py            # writes benchmarks/results/metrics_cpu.csv
     python benchmarks/bench_metrics.py --quick    # a tiny model, two rounds, prints only
 
-Norms are multiples of one training step on the same rows in the same packed batches: forward,
-backward with the parameters' gradients, no optimizer; and of `one backward a row`, which is what
-released code does for gradient-norm membership. What all other metrics read is multiples of one
-forward over the same batches without gradients. Norms, whole and by parameter, are compared with
-those of plain autograd, one row at a time, before anything is timed; `error` is the largest
-relative difference. Contestants run in turns, so that what else the machine does hits all alike:
-`of_step`, `of_by_row` and `of_forward` are medians over rounds of the ratio to the step, the
-backwards and the forward of the same round.
+Norms are given as multiples of one training step on the same rows in the same packed batches
+(forward, backward with the parameters' gradients, no optimizer), and of one backward a row (`one
+backward a row`), which is what released code does for gradient-norm membership. All other metrics
+are given as multiples of one forward over the same batches without gradients. Norms, whole and by
+parameter, are compared with those of plain autograd, one row at a time, before anything is timed;
+`error` is the largest relative difference. Contestants run in turns, so that other load on the
+machine slows all alike: `of_step`, `of_by_row` and `of_forward` are medians over rounds of the
+ratio to the step, the backwards and the forward of the same round.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_rows(n: int, vocabulary: int) -> list[TokenSequence]:
 
 
 def training_step(model: nn.Module, rows: list[TokenSequence], budget: int) -> None:
-    """Forward and backward over all rows, packed; the gradients are let go."""
+    """Forward and backward over all rows, packed; the gradients are dropped."""
     for batch in batches_of(rows, TokenBudget(budget), "packed"):
         with packed_attention(model, batch):
             (mean_losses(model, {"batch": batch}).sum() / len(rows)).backward()
@@ -80,7 +80,7 @@ def by_row(model: nn.Module, rows: list[TokenSequence]) -> Tensor:
 def contestants(
     model: nn.Module, rows: list[TokenSequence], budget: int
 ) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+    """The functions to time, by name."""
     places = [""] * len(rows)
     layout = forward_layout(model, rows)
 
@@ -105,12 +105,12 @@ def contestants(
 
 
 def relative_error(found: np.ndarray, expected: Tensor) -> float:
-    """The largest difference of a row, as a part of what is expected."""
+    """The largest difference of a row, relative to the expected number."""
     return float(((torch.from_numpy(found) - expected) / expected).abs().max())
 
 
 def measure(model: Any, n: int, rounds: int) -> list[dict[str, Any]]:
-    """A row of the table a contestant."""
+    """A row of the table for each contestant."""
     rows = make_rows(n, model.config.vocab_size)
     budget = estimate_token_budget(model, n_directions=0)
     runs = contestants(model, rows, budget)
@@ -145,7 +145,7 @@ def measure(model: Any, n: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Print the table, and write it unless it is quick."""
+    """Print the table, and write it unless `--quick` is given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="tiny model, two rounds, print only")
     parser.add_argument("--rounds", type=int, default=7)

@@ -3,14 +3,14 @@
     python benchmarks/bench_per_sample.py            # writes benchmarks/results/per_sample_cpu.csv
     python benchmarks/bench_per_sample.py --quick    # a tiny model, two rounds, prints only
 
-Everything is a multiple of the training step on the same tokens: forward, backward with the
-parameters' gradients, no optimizer. Besides, what a profile runs: one objective's effects on two
-risks, by sample and parameter, and one risk's gradient. Every contestant's numbers are compared
-with plain autograd in fp64, one sample at a time, before it is timed; `error` is the largest
-difference relative to the largest number. The contestants run in turns, so that what else the
-machine does hits all alike; one that is much slower than the fastest in two rounds leaves. On a
-machine with other work the least times of two contestants may come from different minutes, so
-`of_best_peer` compares within rounds.
+Every time is a multiple of the training step on the same tokens: forward, backward with the
+parameters' gradients, no optimizer. The two halves of a profile are timed as well: one objective's
+effects on two risks, by sample and parameter, and one risk's gradient. Every contestant's numbers
+are compared with plain autograd in fp64, one sample at a time, before the contestant is timed;
+`error` is the largest difference relative to the largest number. The contestants run in turns, so
+that other load on the machine slows all alike; one that is much slower than the fastest in two
+rounds leaves. On a busy machine the least times of two contestants may come from different minutes,
+so `of_best_peer` compares within rounds.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def profile_parts(model: nn.Module, ids: Tensor, directions: list[Direction]) ->
 
 
 def training_step(model: nn.Module, ids: Tensor) -> None:
-    """Forward and backward; the gradients are let go."""
+    """Forward and backward; the gradients are dropped."""
     model.zero_grad(set_to_none=True)
     sample_losses(model, ids).mean().backward()
     model.zero_grad(set_to_none=True)
@@ -184,7 +184,7 @@ def measure(model: nn.Module, shape: tuple[int, int], rounds: int) -> list[dict[
         errors[quantity, name] = error(found.pop(), expected[quantity])
     step = ("", STEP)
     quantities = list(dict.fromkeys(quantity for quantity, _ in contestants))
-    # What is compared runs one after the other.
+    # Contestants run one after the other while results are compared.
     contestants = dict(sorted(contestants.items(), key=lambda item: quantities.index(item[0][0])))
     runs: dict[tuple[str, str], Callable[[], Any]] = {
         step: partial(training_step, model, ids),
@@ -212,7 +212,7 @@ def measure(model: nn.Module, shape: tuple[int, int], rounds: int) -> list[dict[
 
 
 def of_best_peer(key: tuple[str, str], seconds: dict[tuple[str, str], list[float]]) -> float | str:
-    """Of ours: the median over rounds of its time over a peer's, the largest of all peers'."""
+    """The median over rounds of our time over a peer's, the largest over all peers."""
     if key[1] != OURS:
         return ""
     ratios = [

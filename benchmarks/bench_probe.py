@@ -51,7 +51,7 @@ def rows(length: int, seed: int) -> list[dict[str, list[int]]]:
 def measure(
     quick: bool, objective: str, others: tuple[str, ...], length: int, rounds: int, folder: Path
 ) -> dict[str, Any]:
-    """One row: what a step and a probe take."""
+    """One row: the time of a step and of a probe."""
     run = Unlearning(
         make_model(quick),
         None,

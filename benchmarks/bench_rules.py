@@ -1,11 +1,12 @@
-"""What each fast rule of the forward engine saves: the whole pass with it left out.
+"""The time that each fast rule of the forward engine saves: the whole pass without the rule.
 
     python benchmarks/bench_rules.py            # writes benchmarks/results/rules_cpu.csv
     python benchmarks/bench_rules.py --quick    # a tiny model, one shape, prints only
 
-The passes are those of bench_forward.py, two risks and five objectives. Without its rule a function
-or module is differentiated by the framework's own, attention as products and a softmax, since fused
-attention has none. Contestants take turns; the least of `--rounds` rounds counts.
+The passes are those of bench_forward.py, with two risks and five objectives. A function or module
+without its rule is differentiated by the framework's own rules. Attention without its rule is
+written as products and a softmax, since fused attention has none. Contestants take turns; the least
+of `--rounds` rounds counts.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ ALL = "all rules"
 
 
 def without_function(function: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """A function by the framework's own rule."""
+    """Serve a function by the framework's own rule."""
     others = {key: rule for key, rule in RULES.items() if key is not function}
     return patch.dict(RULES, others, clear=True)
 
 
 def without_modules(kind: type) -> AbstractContextManager[Any]:
-    """Modules of one kind as they are written out."""
+    """Run modules of one kind as they are written out."""
 
     def others(model: nn.Module) -> dict[nn.Module, Any]:
         found: dict[nn.Module, Any] = fast_forwards(model)
@@ -48,7 +49,7 @@ def without_modules(kind: type) -> AbstractContextManager[Any]:
 
 @contextmanager
 def without_attention() -> Iterator[None]:
-    """Attention by the framework's own rule, for which it must not be fused."""
+    """Serve attention by the framework's own rule, for which it must not be fused."""
     with without_function(F.scaled_dot_product_attention), sdpa_kernel(SDPBackend.MATH):
         yield
 

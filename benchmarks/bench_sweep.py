@@ -3,15 +3,16 @@
     python benchmarks/bench_sweep.py            # writes benchmarks/results/sweep_cpu.csv
     python benchmarks/bench_sweep.py --quick    # a tiny model, fewer samples, prints only
 
-Sweep: 7 objectives with 3 hyper-parameters each, both risks, on samples of TOFU's lengths. The
-published algorithm, written anew from its description: micro-batches of 4 padded to 500 tokens; for
-each a forward and backward of the risk, of the objective, of the retain risk, and of a loss that is
-multiplied by zero; each gradient copied to the CPU and smoothed 0.6/0.4 into one copy a parameter;
-one dot product a parameter name. It gives one number a micro-batch of 4 where we give one a sample.
+The sweep has 7 objectives with 3 hyper-parameters each and both risks, on samples of TOFU's
+lengths. The published algorithm is written anew from its description. It pads micro-batches of 4 to
+500 tokens. For each micro-batch it runs a forward and backward of the risk, of the objective, of
+the retain risk, and of a loss that is multiplied by zero. Each gradient is copied to the CPU and
+smoothed 0.6/0.4 into one copy a parameter, and there is one dot product a parameter name. The
+result is one number a micro-batch of 4, where this package gives one a sample.
 
-All micro-batches cost the same (all are padded to 500), so one of each objective is timed and the
-sweep's time is their sum times 3 hyper-parameters times the number of micro-batches; the column
-`how` says so.
+All micro-batches cost the same (all are padded to 500), so one of each objective is timed. The
+sweep's time is the sum of these times 3 hyper-parameters times the number of micro-batches; the
+column `how` says so.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ PADDED, MICRO_BATCH = 500, 4
 
 
 def make_rows(n: int, seed: int) -> list[dict[str, list[int]]]:
-    """Samples of TOFU's lengths: 70 characters a question and 169 an answer are about 18 and 38
-    tokens, spread by a third."""
+    """Samples of TOFU's lengths.
+
+    70 characters a question and 169 an answer are about 18 and 38 tokens, spread by a third.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(n):
@@ -122,14 +125,14 @@ def published_micro_batch(
     device: str | torch.device = "cpu",
     names: Collection[str] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """One micro-batch's `{parameter: (e_u, e_r)}`, four forwards and backwards.
+    """One micro-batch's `{parameter: (e_u, e_r)}`, by four forwards and backwards.
 
     Args:
         name: family of the objective.
         model, reference: on the device of the batches.
         batch, retain: padded micro-batches.
         smoothed: the smoothed gradients by loss and parameter, which are updated.
-        device: where they are kept; as published on the CPU.
+        device: device that keeps the gradients; as published the CPU.
         names: parameters whose gradients are kept; None: all.
     """
     losses: dict[str, Callable[[], Tensor]] = {

@@ -1,20 +1,20 @@
-"""What update rules take: time beside the passes they need, and OrthoGrad's memory by retain rows.
+"""The cost of update rules: time beside the passes needed, and OrthoGrad's memory by retain rows.
 
     python benchmarks/bench_updates.py            # about 10 minutes on two cores; writes
                                                   # benchmarks/results/updates_cpu.csv
     python benchmarks/bench_updates.py --quick    # a tiny model, prints only
 
 An update is that of `geffect-fast unlearn` on `ga + nll`, without the optimizer's step. `passes`
-are those that a rule needs at least, in forward-backwards over forget and over retain rows: one of
-each, one more over the forget rows for SAM, half of one more over the retain rows for OrthoGrad.
-`of_ideal` is the rule's time over that of so many passes, of which the plain update is two. Updates
-take turns; the least of `--rounds` rounds counts, as noise only ever adds time. Times are the
-processor's, of all threads.
+are the passes that a rule needs at least, in forward-backwards over forget and over retain rows:
+one of each, one more over the forget rows for SAM, half of one more over the retain rows for
+OrthoGrad. `of_ideal` is the rule's time over the time of these passes, of which the plain update
+has two. Updates take turns; the least of `--rounds` rounds counts, as noise only ever adds time.
+Times are the processor's, of all threads.
 
-Then OrthoGrad with more and more retain rows, 8 of them a batch, run once each: `extra` is how far
-the peak of resident memory rises above that of the plain update on the same rows, in sizes of the
-trainable parameters. What has no room of a row's inputs and output gradients waits in a file. They
-take less beside the model's size the wider it is, so that a model of the widths of 1B parameters
+OrthoGrad then runs with more and more retain rows, 8 of them a batch, once for each number: `extra`
+is the rise of the peak of resident memory above that of the plain update on the same rows, in sizes
+of the trainable parameters. Inputs and output gradients of a row that do not fit in memory wait in
+a file. Beside a wider model they are smaller, so that a model of the widths of 1B parameters
 follows the narrow one.
 """
 
@@ -79,7 +79,7 @@ def rows(n: int, length: int, seed: int) -> list[dict[str, list[int]]]:
 
 
 class Updates:
-    """Updates of one model on the same rows, by any rule."""
+    """A model and its rows, updated by any rule."""
 
     def __init__(self, model: nn.Module, n_retain: int, length: int, folder: str) -> None:
         self.model = model
@@ -114,13 +114,14 @@ class Updates:
 
 
 def times(model: nn.Module, rounds: int, folder: str) -> list[dict[str, Any]]:
-    """A row a rule: what an update of 8 forget and 8 retain rows takes."""
+    """A row for each rule: the time of an update of 8 forget and 8 retain rows."""
     updates = Updates(model, RETAIN, LENGTH["times"], folder)
     candidates = {
         name: partial(updates.by_rule, Updater(parse_update(name), model)) for name in RULES
     }
     seconds = interleaved_minima(candidates, rounds, time.process_time)
-    # As many forget as retain rows, of one length: the plain update is two equal passes.
+    # Forget and retain rows are equally many and of one length: the plain update is two equal
+    # passes.
     one = seconds["sgd"] / 2
     return [
         {
@@ -143,7 +144,7 @@ def memory(quick: bool, size: str, n_retain: int, folder: str) -> list[dict[str,
     updates = Updates(model, n_retain, LENGTH["memory"], folder)
     direction = sum(p.numel() * p.element_size() for p in model.parameters())
     warm = Updates(model, RETAIN, LENGTH["memory"], folder)
-    warm.by_rule(Updater(parse_update(ROOMS[0]), model))  # which rows are whose is shown once
+    warm.by_rule(Updater(parse_update(ROOMS[0]), model))  # the trial of rows runs once
     found = []
     for name in MEMORY[size, n_retain]:
         updater = Updater(parse_update(name), model)
@@ -156,7 +157,7 @@ def memory(quick: bool, size: str, n_retain: int, folder: str) -> list[dict[str,
         start = time.process_time()
         of_rule = peak_extra_bytes(partial(updates.by_rule, updater))
         took = time.process_time() - start
-        if n_retain <= QUICK:  # the first finds no memory mapped, which counts for few rows
+        if n_retain <= QUICK:  # the first run maps new memory, which matters for few rows
             start = time.process_time()
             updates.by_rule(updater)
             took = time.process_time() - start

@@ -1,4 +1,4 @@
-"""What bench_gpu_engines.py runs: the model, batches of a training step, and the profiles."""
+"""The jobs of bench_gpu_engines.py: the model, batches of a training step, and the profiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SWEPT = [objective for variants in SWEEP.values() for objective in variants]
 
 
 class Job(NamedTuple):
-    """A profile: its name in the table, objectives, and the arguments that it differs in."""
+    """A profile: its name in the table, its objectives, and its other arguments."""
 
     name: str
     objectives: list[str]
@@ -104,7 +104,7 @@ def padded(rows: Rows, device: torch.device) -> dict[str, Tensor]:
 
 
 def packed(rows: Rows, device: torch.device) -> dict[str, Tensor]:
-    """A batch as one row; positions begin anew with every sample, which attends to itself alone."""
+    """A batch as one row; positions restart with every sample, which attends to itself alone."""
     ids = [token for row in rows for token in row["input_ids"]]
     labels = [label for row in rows for label in (-100, *row["labels"][1:])]
     positions = [place for row in rows for place in range(len(row["labels"]))]
@@ -116,7 +116,7 @@ LAYOUTS = {"packed": packed, "padded": padded}
 
 
 def train(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
-    """Forward and backward of some batches, their gradients added; then they are let go."""
+    """Run forward and backward of some batches, add up their gradients, and drop them."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
         model(**batch, use_cache=False).loss.backward()

@@ -26,13 +26,13 @@ def cell(row: Row, key: str) -> str:
 
 
 def row_line(row: Row) -> str:
-    """A row in the order of COLUMNS, and what is to be said of it."""
+    """A row in the order of COLUMNS, and the remark on the row."""
     cells = " ".join(f"{cell(row, key):>{width}}" for key, (_, _, width) in COLUMNS.items())
     return f"{row['what']:58} {cells}  {row['problem'] or row['how']}".rstrip()
 
 
 def report(rows: Sequence[Row], left_out: Sequence[str]) -> str:
-    """All rows by section, and the names of what was left out."""
+    """All rows by section, and the names of the parts that were left out."""
     head = " ".join(f"{name:>{width}}" for name, _, width in COLUMNS.values())
     lines = ["", f"{'':58} {head}"]
     for section in dict.fromkeys(row["section"] for row in rows):
@@ -46,7 +46,7 @@ def report(rows: Sequence[Row], left_out: Sequence[str]) -> str:
 
 
 def readme_table(rows: Sequence[Row]) -> str:
-    """What was timed, as a table of Markdown, and what it was measured on."""
+    """The timed rows as a table of Markdown, and the machine of the measurement."""
     shown = [key for key in COLUMNS if key != "difference"]
     lines = [
         f"| what | {' | '.join(COLUMNS[key][0] for key in shown)} |",

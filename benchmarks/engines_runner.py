@@ -1,4 +1,4 @@
-"""Parts of a benchmark within a time: their rows, what failed and what was left out."""
+"""Parts of a benchmark within a time limit: their rows, failures, and omitted parts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TOLERANCE = 0.05
 
 
 class Runner:
-    """Runs parts one by one and keeps their rows.
+    """A runner of parts, one by one, which keeps their rows.
 
     Args:
-        device: what runs them.
+        device: the device that runs them.
         budget: seconds for all parts, counted from the import of this module.
         limit: seconds for a part.
     """
@@ -40,7 +40,7 @@ class Runner:
         return time.monotonic() - START
 
     def run(self, name: str, part: Callable[[], None], least: float) -> None:
-        """Run a part within what is left of the time; it may fail."""
+        """Run a part within the rest of the time; the part may fail."""
         left = min(self.limit, self.budget - self.spent)
         if left <= max(least, 0):
             self.left_out.append(name)
@@ -105,5 +105,5 @@ class Runner:
 
 
 def rounded(value: float) -> float:
-    """Four digits."""
+    """A number rounded to four digits."""
     return float(f"{value:.4g}")

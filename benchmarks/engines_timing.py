@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: seconds, memory, a limit in time, and what the host asked of the device."""
+"""Whole runs on a GPU: seconds, memory, a time limit, and the host's requests to the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 
 class Timed(NamedTuple):
-    """Median seconds of the runs after the first (of the first if it was all), how many, memory."""
+    """Median seconds of the runs after the first (or of an only run), their number, and memory."""
 
     seconds: float
     runs: int
@@ -33,10 +33,10 @@ class Traced(NamedTuple):
     """One run under the profiler.
 
     Attributes:
-        kernels: that ran on the device, copies and fills apart.
-        waits: of the host, calls of `WAITS`.
+        kernels: number of kernels on the device, without copies and fills.
+        waits: number of the host's waits, calls of `WAITS`.
         kernel_seconds: sum of the kernels' times.
-        wall_seconds: of the run, which the profiler slows down.
+        wall_seconds: time of the run, which the profiler slows down.
     """
 
     kernels: int
@@ -46,25 +46,25 @@ class Traced(NamedTuple):
 
     @property
     def busy_percent(self) -> float:
-        """How much of the run the device spent in kernels."""
+        """The percentage of the run that the device spent in kernels."""
         return 100 * self.kernel_seconds / self.wall_seconds
 
 
 class TraceEvent(Protocol):
-    """What is read of torch's raw profiler events."""
+    """The parts of torch's raw profiler events that are read here."""
 
     def name(self) -> str:
-        """Of the kernel or the runtime call."""
+        """Name of the kernel or the runtime call."""
 
     def device_type(self) -> Any:
-        """Where it took place."""
+        """Device on which the event took place."""
 
     def duration_ns(self) -> int:
-        """How long it took."""
+        """Duration in nanoseconds."""
 
 
 class OverTime(BaseException):
-    """The time that a part may take is up; no handler of errors takes it for one."""
+    """The end of a part's time; handlers of errors do not catch it."""
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class Clock:
-    """Times whole runs on one device, waits for it included."""
+    """A clock of whole runs on one device, waits for the device included."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_gpu = device.type == "cuda"
@@ -107,16 +107,16 @@ class Clock:
         return Timed(statistics.median(counted), len(counted), peak)
 
     def trace(self, run: Callable[[], Any]) -> Traced | None:
-        """Count what one run does on a GPU; None on a CPU, which has no kernels."""
+        """Count the kernels and waits of one run on a GPU; None on a CPU, which has no kernels."""
         if not self.is_gpu:
             return None
-        # The device's activity alone: with every operator of the host a trace takes minutes.
+        # Only the device's activity: with every operator of the host a trace takes minutes.
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             wall = self.once(run)
         return counted(profiler.profiler.kineto_results.events(), wall)
 
     def release(self) -> None:
-        """Give back what the last run has left."""
+        """Free the memory of the last run."""
         if self.is_gpu:
             gc.collect()
             torch.cuda.empty_cache()
@@ -126,7 +126,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def _peak_of(self, run: Callable[[], Any]) -> int:
-        """The most memory beside what is held before."""
+        """The peak of memory above the memory that was held before."""
         if not self.is_gpu:
             return peak_extra_bytes(run)
         torch.cuda.reset_peak_memory_stats()
@@ -136,7 +136,7 @@ class Clock:
 
 
 def counted(events: Sequence[TraceEvent], wall_seconds: float) -> Traced:
-    """Kernels and waits among raw events, which `key_averages` would take many seconds to sort."""
+    """Kernels and waits among raw events; `key_averages` would take many seconds to sort these."""
     kernels = waits = nanoseconds = 0
     for event in events:
         name = event.name()

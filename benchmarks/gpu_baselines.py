@@ -1,4 +1,4 @@
-"""Obvious ways to write the ops in plain torch, in the inputs' precision."""
+"""Baselines: obvious ways to write the ops in plain torch, in the inputs' precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FP32 = torch.float32
 
 
 def with_lengths(*args: Tensor) -> tuple[Tensor, ...]:
-    """Lengths of samples in place of their offsets, the one int32 argument or two."""
+    """Replace offsets of samples, the one or two int32 arguments, by lengths."""
     return tuple(arg.long().diff() if arg.dtype == torch.int32 else arg for arg in args)
 
 
@@ -32,7 +32,7 @@ def bilinear(a: Tensor, g: Tensor, v: Tensor, n_tokens: Tensor) -> Tensor:
 
 
 def products_alone(a: Tensor, _g: Tensor, v: Tensor, _cu: Tensor) -> Tensor:
-    """What of it is torch.mm."""
+    """The products alone: the part of the op that is torch.mm."""
     out = a.new_empty(len(a), v.shape[1])
     for direction in v:
         torch.mm(a, direction.T, out=out)

@@ -1,8 +1,8 @@
-"""What bench_gpu.py times: each op at the shapes of language models, its baselines, its least work.
+"""The cases of bench_gpu.py: the ops at shapes of language models, baselines and least work.
 
-A case makes its inputs from a seed; a candidate prepares its own form of them outside of the timing
-(padding, for one) and then runs. Bytes and operations are the least that any way of computing the
-result needs: every input read once and the result written, and the cheapest exact formula.
+A case makes its inputs from a seed. A candidate prepares its own form of the inputs (by padding,
+for example) before the timing, and then runs. Bytes and operations are the least of any way to
+compute the result: every input read once and the result written, and the cheapest exact formula.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYERS = {
 
 
 def has_hopper_kernels(maker: Maker) -> bool:
-    """Whether forms that sm_90a alone has can be timed."""
+    """Whether the forms for sm_90a alone can be timed."""
     on_hopper = maker.device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
     return on_hopper and backend.HOPPER_MISSING is None
 
@@ -224,7 +224,7 @@ def pairs_case(
     def make(seed: int) -> Inputs:
         cu = maker.offsets(bounds)
         a, g, _ = maker.layer(total, d_in, d_out, 0, dtype, seed)
-        # The second set resembles the first, so that not every result is small by chance.
+        # The second set resembles the first, so that few results are small by chance.
         return a, g, cu, a + maker.randn(*a.shape, dtype=dtype), g.clone(), cu
 
     candidates = {"ours": Candidate(ops.ghost_dot)}
@@ -298,7 +298,7 @@ def gram_case(
     )
 
 
-# Ops with few cases first: time may run out.
+# Ops with few cases come first, as time may run out.
 CASES = (norm_cases, dot_cases, gram_cases, pairs_cases, bilinear_cases)
 
 

@@ -1,4 +1,4 @@
-"""A benchmark's case and its candidates, and what makes their inputs."""
+"""A benchmark's case, its candidates, and a maker of their inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 class Maker:
-    """Makes inputs on a device; `shrink` divides all sizes, to try the script out on a CPU."""
+    """A maker of inputs on a device; `shrink` divides all sizes, to try the script on a CPU."""
 
     def __init__(self, device: torch.device, shrink: int = 1) -> None:
         self.device = device
@@ -68,7 +68,7 @@ class Maker:
     def layer(
         self, total: int, d_in: int, d_out: int, n_directions: int, dtype: torch.dtype, seed: int
     ) -> tuple[Tensor, ...]:
-        """Inputs, output gradients and directions of a layer; kept for the next case."""
+        """Inputs, output gradients and directions of a layer, kept for the next case."""
         key = (total, d_in, d_out, n_directions, dtype)
         if key != self._key:
             self._key, self._kept = key, {}
@@ -79,7 +79,7 @@ class Maker:
         return self._kept[seed]
 
     def compiled(self, baseline: Candidate) -> Candidate:
-        """The same by torch.compile, for these very sizes."""
+        """The candidate compiled by torch.compile for these very sizes."""
         name = "inductor" if self.device.type == "cuda" else "aot_eager"
         return baseline._replace(run=torch.compile(baseline.run, dynamic=False, backend=name))
 

@@ -9,16 +9,16 @@ from typing import Any
 
 Row = Mapping[str, Any]
 OURS = "ours"
-# What an op cannot do without, timed alone: not a way to compute it.
+# A part that an op needs in any case, timed alone: not a way to compute the op.
 PARTS = ("mm_alone",)
 MOST_CHARACTERS = 9_500
-WORST = 7  # cases of an op that the table shows
+WORST = 7  # cases of each op that the table shows
 MOST_PROBLEMS = 15
-MISCHOSEN = 20  # cases that another form would have served better
+MISCHOSEN = 20  # cases for which another form would have been faster
 
 
 def is_baseline(provider: str) -> bool:
-    """Whether it is another way to compute the op, rather than one of its own forms or a part."""
+    """Whether a row is another way to compute the op, rather than one of its forms or a part."""
     return not provider.startswith(OURS) and provider not in PARTS
 
 
@@ -44,7 +44,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def case_line(key: tuple[str, str, str], case: Mapping[str, Row]) -> str:
-    """One case: our time, how near the roofline, and the times of all others over ours."""
+    """One case: our time, its share of the roofline, and the times of all others over ours."""
     ours = case[OURS]
     others = " ".join(
         f"{name.removeprefix('ours:')} {float(row['ratio']):.2f}"
@@ -76,7 +76,7 @@ def summary_lines(cases: Mapping[tuple[str, str, str], Mapping[str, Row]]) -> li
 
 
 def choice_lines(cases: Mapping[tuple[str, str, str], Mapping[str, Row]]) -> list[str]:
-    """Where a form that the op did not choose is more than 3 % faster, the worst first."""
+    """Cases where a form that the op did not choose is more than 3 % faster, the worst first."""
     found = []
     n_cases = 0
     for key, case in cases.items():

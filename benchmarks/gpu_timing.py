@@ -1,10 +1,10 @@
 """Times on a GPU: events around single calls, a cold second-level cache, measured ceilings.
 
-A call's time is that of the device: the device is kept busy while the host prepares the call, for 5
-ms at most, so that no launch is waited for. The cache is emptied by reading other memory: written,
-it would be full of what still has to reach memory, and the call would wait for that. What a call
-itself waits for on the host counts. On the CPU the same functions measure with the host's clock, to
-try a benchmark out.
+A call's time is the device's time: the device is kept busy while the host prepares the call, for 5
+ms at most, so that no launch is waited for. Reading other memory empties the cache: writing would
+leave data in the cache that must still reach memory, and the call would wait for it. A call's own
+waits on the host count. On the CPU the same functions measure with the host's clock, to try a
+benchmark out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_BUSY = 5e-3
 
 
 class Ceilings(NamedTuple):
-    """What the device reaches a second: bytes a copy reads and writes, operations of products."""
+    """Rates of the device: bytes a second that a copy reads and writes, operations of products."""
 
     copy: float
     low_precision: float
@@ -42,7 +42,7 @@ class Measured(NamedTuple):
 
 
 class Timer:
-    """Times calls on one device."""
+    """A timer of calls on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -108,7 +108,7 @@ class Timer:
         return begin.elapsed_time(end) / 1e3
 
     def _host_seconds(self, call: Callable[[], Any]) -> float:
-        """How long the host takes to put a call's work on the stream."""
+        """Seconds that the host needs to put a call's work on the stream."""
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -128,7 +128,7 @@ class Timer:
         """Cycles of torch.cuda._sleep in a second."""
         cycles = 10_000_000
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(2):  # the first one wakes the device
+        for _ in range(2):  # the first call wakes the device
             begin.record()
             torch.cuda._sleep(cycles)
             end.record()

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, peak memory, CSV rows that name the machine."""
+"""Helpers of all benchmarks: interleaved timing, peak memory, CSV rows that name the machine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def driver_version() -> str:
 
 
 def commit() -> str:
-    """Return which commit is measured, with a + where it was changed; empty outside of git."""
+    """Return the measured commit, with a + where files were changed; empty outside of git."""
     command = ["git", "-C", str(package_path.ROOT), "describe", "--always", "--dirty=+"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -118,14 +118,14 @@ def run_shapes(
     measure: Callable[[Any, int, int, int], list[dict[str, Any]]],
     line: Callable[[Mapping[str, Any]], str],
 ) -> None:
-    """A script's whole run: measure every shape on a Llama, print, and write the CSV.
+    """Run a whole script: measure every shape on a Llama, print, and write the CSV.
 
     Args:
         description: the script's docstring.
         file: name of the CSV.
         shapes: `(samples, length)`, the first alone for `--quick`.
-        measure: the rows of one shape, of the model, samples, length and rounds.
-        line: what is printed of a row.
+        measure: gives the rows of one shape, from the model, samples, length and rounds.
+        line: gives the printed line of a row.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model, prints only")
@@ -145,7 +145,7 @@ def run_shapes(
 
 
 def peak_extra_bytes(run: Callable[[], Any]) -> int:
-    """Return by how much this process's resident memory rises at most during `run` (Linux)."""
+    """Return the largest rise of this process's resident memory during `run` (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present

@@ -1,4 +1,4 @@
-"""Importing this lets a script measure the package that it lies beside, installed or not."""
+"""A path entry that lets a script measure the package beside it, installed or not."""
 
 from __future__ import annotations
 

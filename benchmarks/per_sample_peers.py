@@ -1,8 +1,8 @@
 """Other exact ways to per-sample gradient norms, inner products with a direction and all pairs.
 
-Each is written anew, for a Llama and a rectangular batch of tokens, as whoever knows the technique
-would: a loop over samples, `vmap(grad)`, forward mode, and ghost clipping. All of them answer for
-the same losses (`sample_losses`) and the whole gradient of all parameters.
+Each is written anew, for a Llama and a rectangular batch of tokens, as one who knows the technique
+would write it: a loop over samples, `vmap(grad)`, forward mode, and ghost clipping. All of them
+take the same losses (`sample_losses`) and the whole gradient of all parameters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sample_losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def mean_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """The same from the logits `(n, length, vocabulary)`, which are not copied."""
+    """Mean negative log-likelihood from logits `(n, length, vocabulary)`, which are not copied."""
     nothing = torch.full_like(ids[:, :1], -100)
     labels = torch.cat([ids[:, 1:], nothing], 1)
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
@@ -46,7 +46,7 @@ def peers(model: nn.Module, ids: Tensor, direction: Direction) -> dict[str, dict
         direction: a tensor by parameter name.
     """
     assert len(list(model.parameters())) == len(list(model.state_dict())), "tied weights"
-    eager: Any = copy.deepcopy(model)  # for what sdpa attention has no rule for
+    eager: Any = copy.deepcopy(model)  # sdpa attention has no rule for it
     eager.set_attn_implementation("eager")
     return {
         "norms": {
@@ -210,7 +210,7 @@ def ghost(
 
 
 def normalized(module: Any, x: Tensor) -> Tensor:
-    """What an RMSNorm multiplies by its weight."""
+    """The factor of an RMSNorm's weight in its output."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
 
 

@@ -36,7 +36,7 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def machine_line(row: dict[str, str]) -> str:
-    """What was measured on, for under a table."""
+    """The machine of a measurement, as a line under a table."""
     return (
         f"{row['cpu']}, {row['threads']} thread(s), torch {row['torch']}, {row['date']}; "
         "ratios within one run."
@@ -105,7 +105,7 @@ def forward_table() -> str:
 
 
 def rules_table() -> str:
-    """The forward pass with one rule left out, as multiples of the pass with all of them."""
+    """The forward pass without each one rule, as multiples of the pass with all of them."""
     rows = read("rules_cpu.csv")
     shapes = list(dict.fromkeys((r["samples"], r["length"]) for r in rows))
     lines = [
@@ -144,7 +144,7 @@ def updates_table() -> str:
 
 
 def metrics_table() -> str:
-    """What metrics cost in training steps, in backwards of a row each, and in forwards."""
+    """The cost of metrics in training steps, in backwards of a row each, and in forwards."""
     rows = read("metrics_cpu.csv")
     lines = [
         f"| {rows[0]['rows']} rows, {rows[0]['tokens']} tokens | in training steps "
@@ -186,7 +186,7 @@ def ops_table() -> str:
 
 
 def ranks_table() -> str:
-    """What ranks send each other, against what must be sent, and the time beside one rank's."""
+    """Data that ranks exchange, against the least they must, and the time beside one rank's."""
     rows = read("distributed_cpu.csv")
     lines = ["| | ranks | `--shard` | batches a rank | messages | sent | least | time |"]
     lines += ["|---|---:|---|---:|---:|---:|---:|---:|"]
@@ -201,7 +201,7 @@ def ranks_table() -> str:
 
 
 def scaling_table() -> str:
-    """What profiles of large models would take: computed, and said so on the page."""
+    """Times of profiles of large models: computed, and marked as computed on the page."""
     lines = ["| model | GPUs | `--shard` | memory a GPU | arithmetic | talking | together |"]
     lines += ["|---|---:|---|---:|---:|---:|---:|"]
     for row in read("scaling_computed.csv"):
@@ -217,7 +217,7 @@ def scaling_table() -> str:
 
 
 def matrix_table() -> str:
-    """What the wheel was tried with."""
+    """The Pythons and torches that the wheel was tried with."""
     rows = read("matrix.csv")
     lines = ["| Python | torch | system | version | outcome | |", "|---|---|---|---|---|---|"]
     lines += [
@@ -229,14 +229,14 @@ def matrix_table() -> str:
 
 
 def has_changed(commit: str) -> bool | None:
-    """Whether what GPU figures depend on differs from a commit; None where git does not know it."""
+    """Whether the code behind GPU figures differs from a commit; None if git does not know it."""
     command = ["git", "diff", "--quiet", commit, "--", *GPU_CODE]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     return {0: False, 1: True}.get(done.returncode)
 
 
 def since(commits: Collection[str]) -> str | None:
-    """What is to be said of figures of these commits; None where git does not know one of them."""
+    """The remark on figures of these commits; None where git does not know one of them."""
     changed = [has_changed(commit) for commit in commits]
     if None in changed:
         return None
@@ -245,7 +245,7 @@ def since(commits: Collection[str]) -> str | None:
 
 
 def gpu_tables(pattern: str, table: Callable[[list[dict[str, str]]], str]) -> str | None:
-    """A table for every GPU that was measured; None where it cannot be told of which code."""
+    """A table for every measured GPU; None where the code of a measurement is unknown."""
     found = []
     for path in sorted(RESULTS.glob(pattern)):
         rows = read(path.name)
@@ -257,9 +257,9 @@ def gpu_tables(pattern: str, table: Callable[[list[dict[str, str]]], str]) -> st
 
 
 def speed_table() -> str | None:
-    """README's: the sweep beside the published algorithm, and profiles on GPUs in training steps.
+    """README's table: the sweep beside the published algorithm, and GPU profiles in training steps.
 
-    Of a GPU the most samples that were profiled.
+    For a GPU, the largest number of samples that were profiled.
     """
     cpu = read("sweep_cpu.csv")
     lines = ["| what | samples | on | time | beside |", "|---|---:|---|---:|---|"]
@@ -299,7 +299,7 @@ def speed_table() -> str | None:
 
 
 def one_gpu_table(rows: list[dict[str, str]]) -> str:
-    """Each op over all benchmarked shapes, and what the device did at best."""
+    """Each op over all benchmarked shapes, and the device's best rates."""
     cases = gpu_report.by_case(rows)
     lines = [
         "| op | shapes | time of the fastest other way / ours | of the roofline, median |",

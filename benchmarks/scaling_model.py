@@ -1,12 +1,12 @@
-"""What a profile of a large model would take on many GPUs: computed, not measured.
+"""The time of a profile of a large model on many GPUs: computed, not measured.
 
     python benchmarks/scaling_model.py    # writes benchmarks/results/scaling_computed.csv
 
-Operations and bytes are counted: `tests/ranks` holds what is sent to what is needed, and
-`bench_distributed.py` measures it. The rate of arithmetic is that of a training step as it was
-measured on one H100 (`results/engines_nvidia-h100-80gb-hbm3.csv`); those of NVLink and InfiniBand
-are NVIDIA's own figures for an H100 of a DGX, as no two GPUs were measured. Nothing is taken to
-overlap, so a run that prefetches takes less.
+Operations and bytes are counted: `tests/ranks` compares sent data with the needed data, and
+`bench_distributed.py` measures it. The rate of arithmetic is that of a training step as measured on
+one H100 (`results/engines_nvidia-h100-80gb-hbm3.csv`). The rates of NVLink and InfiniBand are
+NVIDIA's own figures for an H100 of a DGX, as no two GPUs were measured. No overlap is assumed, so a
+run that prefetches takes less.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Model:
     """A Llama.
 
     Attributes:
-        name: of it.
-        parameters: how many.
+        name: its name.
+        parameters: number of parameters.
     """
 
     name: str
@@ -55,21 +55,21 @@ def rate() -> float:
 
 
 def computed(model: Model, gpus: int, sharding: str, per_second: float) -> dict[str, object]:
-    """A row: memory, operations and bytes of a rank, and the seconds that they are worth."""
+    """A row: memory, operations and bytes of a rank, and the seconds that both take."""
     p, share = model.parameters, (gpus - 1) / gpus
     held = {"none": 1, "fsdp": gpus, "hsdp": PER_MACHINE}[sharding]
     batches = -(-2 * ROWS * TOKENS_A_ROW // (BATCH * gpus))
     tokens = 2 * ROWS * TOKENS_A_ROW / gpus
     # Risks: a step, and products of retain rows with one direction. Objectives, of forget rows
-    # alone: a step, for whole gradients, and products with two.
+    # alone: a step, for whole gradients, and products with two directions.
     operations = (6 + 2 / 2 + (6 + 2 * N_RISKS) / 2) * p * tokens
     wire = NVLINK if gpus <= PER_MACHINE else INFINIBAND
     between = 0.0
     if sharding == "none":
         sent = 2 * 4 * p * (N_RISKS + 1) * share
     else:
-        # In bf16 the weights of a forward and a backward, and directions (rows, which go where
-        # they are fewer bytes, would be less); in fp32 sums.
+        # In bf16: the weights of a forward and a backward, and directions (rows, sent where they
+        # are fewer bytes, would be less). In fp32: sums.
         a_pass = 2 * p * 2 + 4 * p
         sent = batches * (a_pass + 2 * p / 2 + (a_pass + 2 * p * N_RISKS) / 2) * (held - 1) / held
     if sharding == "hsdp":  # sums of parts go on to the other machines

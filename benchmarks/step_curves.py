@@ -7,8 +7,9 @@
 With `--tofu`, a Llama of `HIDDEN` x `LAYERS` first learns TOFU's full set (kept in `--work`, so
 that it is trained once). Then it unlearns `forget05` with each objective, a probe a step on
 `PROBED` rows of either set; every objective takes the same steps of the same optimizer at the same
-rate. The curves go to `benchmarks/results/steps_*.csv`, how often each prediction has the sign of
-what happened to `benchmarks/results/signs_*.csv`, tables and plots to `compare/` in `--work`.
+rate. The curves go to `benchmarks/results/steps_*.csv`. `benchmarks/results/signs_*.csv` says how
+often each prediction has the sign of the measured change. Tables and plots go to `compare/` in
+`--work`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def batches_of(data: SampleSet) -> Iterator[Any]:
 
 
 def unlearn(model: Path, data: tuple[Path, Path], work: Path, steps: int, rate: float) -> Any:
-    """A run for every objective that is not there yet; all of them compared."""
+    """Run every objective that has no run yet, and compare all runs."""
     runs = {}
     for objective in OBJECTIVES:
         folder = work / "".join(c if c.isalnum() else "-" for c in objective)
@@ -109,7 +110,7 @@ PREDICTIONS = ("sgd", "step", "update")
 
 
 def signs(compared: Any) -> Iterator[dict[str, Any]]:
-    """Of every run and risk: how often a step's prediction has the sign of the measured change."""
+    """The share of steps, by run and risk, whose prediction has the sign of the measured change."""
     for run in compared["run"].values.tolist():
         for risk in compared["risk"].values.tolist():
             of = compared.sel(run=run, risk=risk)

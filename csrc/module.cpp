@@ -1,4 +1,4 @@
-// The Python module geffect_fast._C: what the native build consists of. It includes no torch
+// The Python module geffect_fast._C, which describes the native build. The module includes no torch
 // header; the kernels are in a library of their own (geffect_fast._kernels), which needs no Python.
 #include <pybind11/pybind11.h>
 

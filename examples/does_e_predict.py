@@ -4,10 +4,11 @@
 
 A small Llama learns ten of TOFU's authors by heart. Fourteen objectives and hyper-parameters then
 make it forget three of them, by the same steps of the same optimizer. `geffect-fast evaluate
---against-effects` sets what each did to every metric beside the effects at the model as it was
-before, and says by rank correlation which of them tell it. What is in `study/` already is not made
-again. Tables, a figure and a page go to `study/measures`; `--csv NAME` writes the two tables, with
-the machine's columns, to `benchmarks/results/NAME_runs.csv` and `NAME.csv`.
+--against-effects` sets the change of every metric beside the effects at the model before
+unlearning, and says by rank correlation which effects predict the changes. Results that are in
+`study/` already are not made again. Tables, a figure and a page go to `study/measures`; `--csv
+NAME` writes the two tables, with the machine's columns, to `benchmarks/results/NAME_runs.csv` and
+`NAME.csv`.
 
 The folder of TOFU is that of huggingface.co/datasets/locuslab/TOFU, of which the files in
 `tofu_study.OF_TOFU` are read. Two cores take about a quarter of an hour.

@@ -1,4 +1,4 @@
-"""What studies on TOFU share: their rows, the small Llama that learns them, unlearning, tables."""
+"""Shared parts of the studies on TOFU: rows, a small Llama that learns them, unlearning, tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OF_TOFU = {
 
 
 def arguments(about: str) -> argparse.ArgumentParser:
-    """Options that every study has."""
+    """A parser of the options that every study has."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("tofu", type=Path, help="folder of TOFU's files")
     parser.add_argument("--work", type=Path, required=True, help="folder for models and runs")
@@ -44,7 +44,7 @@ def arguments(about: str) -> argparse.ArgumentParser:
 
 
 def prepared(args: argparse.Namespace) -> tuple[dict[str, Path], Path]:
-    """The data files of a study by name, and the model that knows them."""
+    """The data files of a study by name, and the model that knows their rows."""
     args.work.mkdir(parents=True, exist_ok=True)
     files = choose_rows(args.tofu, args.work, args.holdout, args.forget, args.retain)
     model = args.work / "model"
@@ -57,14 +57,14 @@ def prepared(args: argparse.Namespace) -> tuple[dict[str, Path], Path]:
 def choose_rows(
     tofu: Path, work: Path, n: int, forget: int = 60, retain: int = 140
 ) -> dict[str, Path]:
-    """The data sets of the study: what is learned, and what else is asked; by name.
+    """Write the data sets of the study: rows to learn, and further rows to ask; by name.
 
     Args:
         tofu: folder of TOFU's files.
-        work: gets a file a set.
-        n: rows of the hold-out, which nothing is trained on.
-        forget, retain: rows of these; TOFU has twenty of an author. As many retain rows as forget
-            rows, about, are measured.
+        work: folder that gets a file for each set.
+        n: number of hold-out rows, which nothing is trained on.
+        forget, retain: number of rows; TOFU has twenty of an author. About as many retain rows as
+            forget rows are measured.
     """
     rows = {name: read_rows(tofu / file, name=name) for name, file in OF_TOFU.items()}
     rows |= {"forget": rows["forget"][:forget], "retain": rows["retain"][:retain]}
@@ -96,9 +96,9 @@ def learn(files: dict[str, Path], folder: Path, size: Size) -> None:
 def unlearn(
     files: dict[str, Path], model: Path, out: Path, args: argparse.Namespace, **more: Any
 ) -> None:
-    """One run into a folder that holds none yet, as `geffect-fast unlearn` makes it.
+    """Make one run in a folder that holds none yet, as `geffect-fast unlearn` makes it.
 
-    Without its report: `geffect-fast report RUN` writes one.
+    The run has no report: `geffect-fast report RUN` writes one.
     """
     if (out / "results.nc").exists():
         return
@@ -116,12 +116,12 @@ def unlearn(
 
 
 def folder_name(number: int, words: str) -> str:
-    """A run's folder, by its place in the study and what it is."""
+    """The name of a run's folder, from its place in the study and its objective or rule."""
     return f"{number:02}-" + "".join(c if c.isalnum() else "-" for c in words).strip("-")
 
 
 def run(*words: object) -> None:
-    """A command of geffect-fast; ends the script where it fails."""
+    """Run a command of geffect-fast; end the script where the command fails."""
     if code := geffect_fast(list(map(str, words))):
         sys.exit(code)
 

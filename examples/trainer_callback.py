@@ -52,7 +52,7 @@ def tokenised(row: dict[str, str]) -> dict[str, list[int]]:
 
 
 def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch, the shorter rows filled up."""
+    """A batch, with the shorter rows padded."""
     fill = {"input_ids": tokenizer.eos_token_id, "labels": -100}
     return {
         name: torch.nn.utils.rnn.pad_sequence(
@@ -63,7 +63,7 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def arguments(**more: Any) -> TrainingArguments:
-    """For a run that writes nothing."""
+    """Arguments of a Trainer that writes nothing."""
     return TrainingArguments(
         tempfile.mkdtemp(), report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
         logging_strategy="no", per_device_train_batch_size=10, **more,
@@ -87,7 +87,7 @@ Trainer(
 
 # %%
 class Ascent(Trainer):
-    """Somebody's own loss."""
+    """A Trainer with a loss of the user's own."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -4,10 +4,10 @@
 
 A small Llama learns ten of TOFU's authors by heart. Two objectives then make it forget three of
 them by every update rule, with the same rows and the same steps of AdamW. `geffect-fast control`
-compares the models at equal retention; beside it stand the effects of the objective before the
+compares the models at equal retention. The table also has the effects of the objective before the
 first step, plain (`e`) and of the step that AdamW takes (`e_P`), and the changes of the risks.
-What is in `study/` already is not made again. `--csv NAME` writes the table, with the machine's
-columns, to `benchmarks/results/NAME.csv`.
+Results that are in `study/` already are not made again. `--csv NAME` writes the table, with the
+machine's columns, to `benchmarks/results/NAME.csv`.
 
 The folder of TOFU is that of huggingface.co/datasets/locuslab/TOFU, of which the files in
 `tofu_study.OF_TOFU` are read. Two cores take about a quarter of an hour.
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def effects_and_changes(out: Path) -> dict[str, Any]:
-    """Effects of a run's objective before its first step, and what its steps did to the risks."""
+    """Effects of a run's objective before its first step, and changes of the risks by its steps."""
     found = gf.open_run(out)
     first, last = found.isel(step=0, objective=0), found.isel(step=-1)
     values: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def effects_and_changes(out: Path) -> dict[str, Any]:
 
 
 def at_equal_retention(of: Any) -> dict[str, Any]:
-    """The share of one model that keeps enough, and what is measured there."""
+    """The share of one model that keeps enough, and the measures at this share."""
     there = of["value"].sel(metric=METRIC)
     names = ("forget", "retain")
     return {"share": float(of["alpha_chosen"])} | {n: float(there.sel(set=n)) for n in names}

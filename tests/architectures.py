@@ -1,4 +1,4 @@
-"""Small causal language models of transformers: adding an architecture is adding a row.
+"""Small causal language models of transformers, one row of a table each.
 
 `tests/measure/test_architectures.py` compares every row with plain autograd; `docs/models.md` has
 the same rows.
@@ -21,7 +21,7 @@ PADDING = 10
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a model of one kind, and how it is expected to be served.
+    """A model of one kind: how to make it, and how it is expected to be served.
 
     Attributes:
         config: the configuration's class in transformers, less `Config`.
@@ -41,7 +41,7 @@ class Architecture:
         import transformers
 
         make = getattr(transformers, f"{self.config}Config")
-        config = make(**copy.deepcopy(self.settings))  # some write into what they are given
+        config = make(**copy.deepcopy(self.settings))  # some configurations change their arguments
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
@@ -76,7 +76,7 @@ LATENT_ATTENTION = {
     "v_head_dim": 4,
 }
 
-# Its masks know packed sequences from transformers 5.24 on.
+# The masks of this model know packed sequences from transformers 5.24 on.
 FALCON_LAYOUT = "packed" if Version(transformers.__version__) >= Version("5.24") else "equal_length"
 FALCON = IDS | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 4}
@@ -357,7 +357,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "intermediate_size": 24,
             "attention_hidden_size": 16,
             "context_length": 128,
-            "use_cache": False,  # with a state it changes tensors in place that a backward needs
+            "use_cache": False,  # else tensors that a backward needs change in place
         },
         layout="equal_length",
         generic=(

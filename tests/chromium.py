@@ -1,4 +1,4 @@
-"""Chromium without a window, led through its DevTools protocol over a pipe: no port, no library."""
+"""A headless Chromium, driven by its DevTools protocol over a pipe: no port, no library."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ PATIENCE = 60.0
 
 
 def installed() -> str | None:
-    """The browser's program, if there is one."""
+    """The browser's program, None where there is none."""
     return next((path for path in map(shutil.which, NAMES) if path), None)
 
 
 class Browser:
-    """One tab of a browser of its own; a context manager."""
+    """One tab of a browser process; a context manager."""
 
     def __init__(self, folder: Path) -> None:
-        def lay_pipes() -> None:  # the browser reads its third file and writes its fourth
+        def lay_pipes() -> None:  # the browser reads from descriptor 3 and writes to descriptor 4
             high = [os.dup(theirs[0]), os.dup(theirs[1])]
             os.dup2(high[0], 3)
             os.dup2(high[1], 4)
@@ -67,7 +67,7 @@ class Browser:
         os.close(self._from)
 
     def call(self, method: str, **parameters: object) -> dict:
-        """The answer to a command of the protocol; what happens meanwhile is kept in `events`."""
+        """The answer to a command of the protocol; events until then are kept in `events`."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -94,7 +94,7 @@ class Browser:
         return json.loads(told)
 
     def look(self, width: int, dark: bool = False, media: str = "screen") -> None:
-        """What the page is shown on."""
+        """Set the kind of screen that the page is shown on."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -106,7 +106,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
 
     def open(self, file: Path) -> None:
-        """Load a page from the disk and wait until all of it is there."""
+        """Load a page from the disk and wait until it is complete."""
         self.events.clear()
         self.call("Page.navigate", url=file.resolve().as_uri())
         while not any(e["method"] == "Page.loadEventFired" for e in self.events):
@@ -120,7 +120,7 @@ class Browser:
         return answer["result"].get("value")
 
     def complaints(self) -> list[str]:
-        """What scripts threw, the console was told as an error, and the log says."""
+        """Errors that scripts threw, that the console was told, and that the log holds."""
         said = []
         for event in self.events:
             given = event.get("params", {})
@@ -133,7 +133,7 @@ class Browser:
         return said
 
     def loaded(self) -> list[str]:
-        """Addresses of all that the page asked for."""
+        """Addresses of everything that the page asked for."""
         return [
             event["params"]["request"]["url"]
             for event in self.events
@@ -141,11 +141,11 @@ class Browser:
         ]
 
     def picture(self, file: Path, whole: bool = True) -> None:
-        """Write what is seen, or the whole page, as PNG."""
+        """Write the visible part, or the whole page, as PNG."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         file.write_bytes(base64.b64decode(shot["data"]))
 
     def printed(self, file: Path) -> None:
-        """Write the page as it is printed, PDF."""
+        """Write the page as it is printed, as PDF."""
         paper = self.call("Page.printToPDF", printBackground=False, preferCSSPageSize=True)
         file.write_bytes(base64.b64decode(paper["data"]))

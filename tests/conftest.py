@@ -11,7 +11,7 @@ import pytest
 
 
 def pytest_collection_finish():
-    """What is imported and collected is no garbage: every training looks for some, in a second."""
+    """Freeze modules and tests: each training would look through them for garbage for a second."""
     gc.collect()
     gc.freeze()
 
@@ -63,9 +63,9 @@ REPORTS = ("write_report", "write_comparison_plots")
 
 @pytest.fixture(scope="module")
 def undrawn():
-    """Commands leave out tables and plots, which the tests of a module do not look at.
+    """Have commands leave out tables and plots, in modules whose tests do not look at them.
 
-    Yields a context in which they do not.
+    Yields a context in which commands leave them out.
     """
     from geffect_fast import report
 
@@ -86,6 +86,6 @@ def undrawn():
 
 @pytest.fixture
 def drawn(undrawn):
-    """But for one test, which does."""
+    """Have commands draw tables and plots again, for one test."""
     with undrawn():
         yield

@@ -28,7 +28,7 @@ def retention(model, tokenizer, metric="extraction_strength"):
 
 
 def by_hand(original, unlearned, alpha):
-    """A model of mixed weights, by the formula in fp64."""
+    """A model whose weights are the mixture of two models' by the formula, in fp64."""
     model = copy.deepcopy(original)
     one, other = dict(original.named_parameters()), dict(unlearned.named_parameters())
     with torch.no_grad():

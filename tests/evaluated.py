@@ -1,4 +1,4 @@
-"""Rows with all fields that metrics read, and losses by transformers, one row at a time."""
+"""Rows with all fields that metrics read, and their losses by transformers, one row at a time."""
 
 from __future__ import annotations
 

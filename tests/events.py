@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a folder, and what a result says under the same names."""
+"""Scalars that TensorBoard shows of a folder, and a result's numbers under the same names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from geffect_fast.results.risks import effect_name
 
 
 def scalars(folder):
-    """By tag, the steps and values of its points in the order in which they are shown."""
+    """The steps and values of every tag's points, in the order in which TensorBoard shows them."""
     shown = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     shown.Reload()
     return {
@@ -20,13 +20,13 @@ def scalars(folder):
 
 
 def of_probes(found):
-    """Those of probes alone, by their names without what transformers puts in front."""
+    """The points of probes alone, by their names without the prefix that transformers adds."""
     front = "train/geffect/"
     return {t.removeprefix(front): points for t, points in found.items() if t.startswith(front)}
 
 
 def expected(result, lead):
-    """The same read from a result: events hold fp32."""
+    """The same points as a result has them, rounded to fp32 as in event files."""
     effects = result.g_effect.sum([d for d in ("parameter", "group", "sample") if d in result.dims])
     series = {f"risk_{risk}": result.risk_value.sel(risk=risk) for risk in result.risk.values}
     for objective in result.objective.values:
@@ -43,7 +43,7 @@ def expected(result, lead):
 
 
 class Listener(TrainerCallback):
-    """Stands where transformers has the callback of a reporter."""
+    """A stand-in for the callback by which transformers tells a reporter."""
 
     heard: list = []  # noqa: RUF012 - transformers makes the instance
 

@@ -10,7 +10,7 @@ VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
 
 class Page(HTMLParser):
-    """The elements of a page in `root`; fails where tags do not match."""
+    """A parser that keeps a page's elements in `root`, and fails where tags do not match."""
 
     def __init__(self, html):
         super().__init__()
@@ -35,7 +35,7 @@ class Page(HTMLParser):
 
 
 def elements(root):
-    """It and all within it."""
+    """An element and all elements within it."""
     if isinstance(root, list):
         yield root
         for child in root[2]:
@@ -43,7 +43,7 @@ def elements(root):
 
 
 def find(root, tag, **attributes):
-    """Elements of a tag that have these attributes, `_` for `-`."""
+    """Elements of a tag that have these attributes, with `_` for `-`."""
     wanted = {name.replace("_", "-"): value for name, value in attributes.items()}
     return [e for e in elements(root) if e[0] == tag and wanted.items() <= e[1].items()]
 
@@ -54,7 +54,7 @@ def text(element):
 
 
 def assert_allows_no_request(root):
-    """The page's policy comes before all else that it holds, and lets it ask for nothing."""
+    """Check that the page's policy comes before all else in the page, and allows no request."""
     head = [e for e in find(root, "head")[0][2] if isinstance(e, list)]
     assert "charset" in head[0][1] and head[1][1]["http-equiv"] == "Content-Security-Policy"
     rules = dict(rule.split(" ", 1) for rule in head[1][1]["content"].split("; "))

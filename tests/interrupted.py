@@ -11,7 +11,7 @@ from geffect_fast.integrations import GEffectCallback
 
 @contextmanager
 def interrupted_at(step):
-    """Inside, trainings end with Ctrl-C after this many updates, before they are measured."""
+    """Interrupt trainings with Ctrl-C after this many updates, before the updates are probed."""
     measure = GEffectCallback.on_step_end
 
     def stopped(self, args, state, *more, **kwargs):

@@ -17,13 +17,13 @@ def killed(change, folder, at_event=None, counted=None, *, of=CHANGES, after_sec
     Args:
         change: writes to the folder.
         folder: a path.
-        at_event: n, from 1; None: it does not die of itself.
-        counted: a file that receives the number of changes where nothing died.
-        of: what events that are counted begin with; they name the folder, or lock a file.
-        after_seconds: when it is killed from outside; None: it is not.
+        at_event: n, from 1; None: the process does not die of itself.
+        counted: a file that receives the number of changes if the process did not die.
+        of: beginnings of the events that count: events that name the folder, or lock a file.
+        after_seconds: seconds until the process is killed from outside; None: never.
 
     Returns:
-        Whether it died.
+        Whether the process died.
     """
     child = os.fork()
     if child == 0:

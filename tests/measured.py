@@ -24,7 +24,7 @@ STUDY = {
 
 
 def measures(seed=0, sets=("forget", "retain"), metrics=METRICS, questions=None):
-    """What `evaluate` returns of one model: membership has no number of retain, nor bounds."""
+    """The result of `evaluate` for one model: membership has no number of retain, and no bounds."""
     draw, names = np.random.default_rng(seed), list(metrics)
     value = draw.uniform(0.1, 0.9, (len(names), len(sets)))
     half = draw.uniform(0.01, 0.09, value.shape)
@@ -65,7 +65,7 @@ def along(axis, places, found):
 
 
 def assessed(base):
-    """Measures with all that the survey's assessment has beside; of the first model no cost."""
+    """Measures with all parts of the survey's assessment; the first model has no cost."""
     draw, along = np.random.default_rng(5), ("model", "relearned_step")
     relearned = draw.uniform(0.1, 0.9, (3, 2, 1, 2))
     axes, both = (*along, "relearned_metric", "relearned_set"), ("objective", "risk")

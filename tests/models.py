@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch._decomp.decompositions_for_jvp  # scripts functions, which fp64_throughout's cannot be
+import torch._decomp.decompositions_for_jvp  # scripts functions before fp64_throughout patches
 from architectures import ARCHITECTURES, VOCAB
 from torch import nn
 
@@ -33,8 +33,10 @@ def build(
 
 @contextlib.contextmanager
 def fp64_throughout() -> Iterator[None]:
-    """fp64 models that compute norms and softmax in fp32 do so in fp64: the exactness of the method
-    is tested, not the rounding that a model puts in between."""
+    """Have fp64 models that compute norms and softmax in fp32 compute them in fp64.
+
+    The tests are of the method's exactness, not of the rounding that a model puts in between.
+    """
     patch = pytest.MonkeyPatch()
     to_float = torch.Tensor.float
 
@@ -72,7 +74,7 @@ def samples(lengths: list[int], seed: int = 0, prompt: int = 1) -> list[dict[str
 
 
 def shaken(model, dtype=None):
-    """Adapters start at the identity, where half of their gradients are zero: move them away."""
+    """Move adapters away from the identity, where half of their gradients are zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():

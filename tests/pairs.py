@@ -13,7 +13,7 @@ ROWS[1] = (ROWS[1][0], {key: row[:6] for key, row in ROWS[1][0].items()})
 
 
 class Pairs(Dataset):
-    """A forget and a retain row an item, as open-unlearning's ForgetRetainDataset."""
+    """Items of a forget and a retain row, as open-unlearning's ForgetRetainDataset."""
 
     def __len__(self):
         return len(ROWS)
@@ -23,7 +23,7 @@ class Pairs(Dataset):
 
 
 def collate(items):
-    """Padded, with an attention mask, by `forget` and `retain`."""
+    """Batches of both rows, padded, with an attention mask, by `forget` and `retain`."""
 
     def padded(rows):
         length = max(len(row["input_ids"]) for row in rows)
@@ -41,7 +41,7 @@ def collate(items):
 
 
 class UnlearnTrainer(Trainer):
-    """The part that its trainers share, and gradient ascent with a retain part."""
+    """The code that open-unlearning's trainers share, and gradient ascent with a retain part."""
 
     def __init__(self, *args, gamma=1.0, alpha=0.0, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Functions on several ranks: processes of a gloo group on this machine."""
+"""Calls of functions on several ranks: processes of a gloo group on one machine."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ PRELOADED = [
 
 
 class Raised:
-    """What a rank raised.
+    """An error that a rank raised.
 
     Attributes:
         kind: name of the error's class.
         said: its message.
-        trace: where.
+        trace: its traceback.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -50,16 +50,16 @@ class Raised:
 
 
 def on_ranks(size: int, job: Callable[..., Any], *args: Any, fails: bool = False) -> list[Any]:
-    """What `job(*args)` returns on each of so many ranks, or `Raised`.
+    """Return the result of `job(*args)` on each of several ranks, or `Raised`.
 
     Args:
-        size: how many.
-        job: of a module that can be imported; it finds its process group begun.
+        size: number of ranks.
+        job: a function of a module that can be imported; its process group has begun.
         args: pickled.
-        fails: whether ranks may raise, or end; else the first that does fails the test.
+        fails: whether ranks may raise, or end; else the first rank that does so fails the test.
 
     Returns:
-        By rank; None for one that ended without a word.
+        By rank; None for a rank that ended without a result.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -116,13 +116,13 @@ def commanded(words: list[str], killed_at: int | None = None) -> tuple[int, str]
 
 
 def assert_same_training(name: str, found: Any, expected: Any, exact: float) -> None:
-    """A result and the weights in the end, of a training called `name`, are those expected."""
+    """Check the result and the final weights of a training called `name`."""
     (own, weights), (result, expected_weights) = found, expected
     assert abs(result.measured_change.isel(step=-1)).min() > 1e-5, name
     for key, value in expected_weights.items():
         assert abs(weights[key] - value).max() <= exact, (name, key)
     for variable, values in result.data_vars.items():
-        # A cosine of what is nothing but rounding is any number.
+        # A cosine of pure rounding error is any number.
         if values.dtype.kind == "f" and "cosine" not in variable:
             size = np.max(abs(values.values), where=np.isfinite(values.values), initial=0.0)
             np.testing.assert_allclose(
@@ -140,12 +140,12 @@ def _run(
     import torch
     import torch.distributed as dist
 
-    gc.freeze()  # what is imported is no garbage: every training looks for some
+    gc.freeze()  # imported modules are no garbage: every training looks for garbage
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this machine is called
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the machine is called
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    dist.barrier()  # one that has nothing to do would be gone before the others are connected to it
+    dist.barrier()  # a rank without work would be gone before the others are connected to it
     try:
         found = job(*args)
     except BaseException as error:

@@ -1,6 +1,6 @@
-"""Plain autograd, one sample at a time, reduced in fp64: what every number is compared with.
+"""Plain autograd, one sample at a time, reduced in fp64: the reference of every comparison.
 
-Written from the formulas, with nothing of the package: no batch, no packing, no token terms.
+The code follows the formulas and uses nothing of the package: no batch, no packing, no token terms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Row = dict
 
 
 class RunOnce:
-    """A model that runs each sequence once, and whose graphs are kept; its weights must stay."""
+    """A model that runs each sequence once and keeps its graph; the weights must not change."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -61,7 +61,7 @@ def n_labelled(rows: list[Row]) -> int:
 def mean_over(reduction: str, rows: list[Row], values: Tensor, n: int | None = None) -> Tensor:
     """One sample's share of the mean over all tokens, of the mean of means, or of the sum.
 
-    `n` is the number of all tokens where they are not the rows' targets.
+    `n` is the number of all tokens where the rows' targets do not give this number.
     """
     if reduction == "token":
         return values.sum() / (n_targets(rows) if n is None else n)
@@ -140,7 +140,8 @@ def forget_shares(name, params, model, reference, forget, alternatives, reductio
             yield mean_over(reduction, forget, error, n_labelled(forget))
         elif name in ("ceu", "undial", "flattening"):
             logits, labels = target_logits(model, row)
-            # the gradient is a difference of like distributions, of which fp32 leaves too little
+            # the gradient is a difference of similar distributions, for which fp32 leaves too few
+            # digits
             logits = logits.double()
             label = F.one_hot(labels, logits.shape[-1])
             total = n_targets(forget)
@@ -194,7 +195,7 @@ def effects(
     """`(risk, parameter, sample)` fp64 for `objective`, a list of `(coefficient, name, params)`.
 
     The sample axis holds the forget rows and then the retain rows. `risks` are the risks' gradients
-    where they are there already.
+    where they were computed before.
     """
     data = (forget, retain, alternatives, reduction)
     return effects_of_each(model, reference, [objective], *data, risks)[0]
@@ -203,7 +204,7 @@ def effects(
 def effects_of_each(
     model, reference, objectives, forget, retain, alternatives, reduction="token", risks=None
 ):
-    """`effects` of several objectives: a sequence is run once, a part of them measured once."""
+    """`effects` of several objectives: each sequence is run once, each part is measured once."""
     model, reference = RunOnce(model), RunOnce(reference)
     risks = risks or risk_gradients(model, forget, retain, reduction)
     sizes = [risk.numel() for risk in risks[0]]
@@ -211,7 +212,7 @@ def effects_of_each(
     measured = []
 
     def effects_of(name, params):
-        """Of one part, whose coefficient is one."""
+        """Effects of one part, with coefficient one."""
         for part, found in measured:
             if part == (name, params):
                 return found

@@ -1,4 +1,4 @@
-"""What tests read of reports: printed text, lines of figures, whole pages, colours."""
+"""Readers of reports, for tests: printed text, lines of figures, whole pages, colours."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ORDER = [
 
 
 def text_of(what, width=120):
-    """What `rich` prints of a table or several."""
+    """The text that `rich` prints of one or several tables."""
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(what)
     return console.export_text()
 
 
 def words_of(what, width=200):
-    """The same on one line."""
+    """The same text on one line."""
     return " ".join(text_of(what, width).split())
 
 
@@ -39,14 +39,14 @@ def drawn(panel):
 
 
 def luminance(colour):
-    """Of `#rrggbb`, relative, as WCAG defines it."""
+    """Relative luminance of `#rrggbb`, as WCAG defines it."""
     c = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def checked(html):
-    """The tree of a page that is whole and by itself."""
+    """The tree of a page, checked to be complete and to need no other file."""
     root = Page(html).root
     ids = [e[1]["id"] for e in elements(root) if "id" in e[1]]
     assert len(ids) == len(set(ids))
@@ -87,12 +87,12 @@ def checked(html):
 
 
 def style_of(root):
-    """All of its style sheets."""
+    """The text of all style sheets of a page."""
     return "".join(map(text, find(root, "style")))
 
 
 def visible(root):
-    """What a reader sees, without figures."""
+    """The text of a page that a reader sees, without figures."""
     hidden = ("style", "script", "svg")
     if isinstance(root, str):
         return root
@@ -100,17 +100,17 @@ def visible(root):
 
 
 def sections(root):
-    """Ids of what it consists of."""
+    """Ids of the sections of a page."""
     return [e[1]["id"] for e in find(root, "section") if e[1].get("class") == "part"]
 
 
 def section(root, name):
-    """One of them."""
+    """The section of a page with this id."""
     return find(root, "section", id=name)[0]
 
 
 def rows_of(root, label):
-    """The cells of a table whose name begins so."""
+    """The cells of the table whose name begins like this."""
     table = next(t for t in find(root, "table") if t[1].get("aria-label", "").startswith(label))
     return [
         [text(cell) for cell in row[2] if not isinstance(cell, str)] for row in find(table, "tr")

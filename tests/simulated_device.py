@@ -1,9 +1,9 @@
-"""A GPU that is none: tensors that say they are on one, are computed on the CPU, and refuse waits.
+"""A simulated GPU: tensors that claim to be on the GPU, computed on the CPU, and refusing waits.
 
-What a real one would make the host wait for raises `Waited` inside `SimulatedDevice`: reading a
+Operations for which a GPU makes the host wait raise `Waited` inside `SimulatedDevice`: reading a
 number, a shape that depends on values (`nonzero`, a boolean index), a copy that is not queued
-through pinned memory. The one way to read is an event (`geffect_fast.transfer.OnItsWay`): counted.
-Results are those of the CPU, so that they can be compared.
+through pinned memory. Reading by an event (`geffect_fast.transfer.OnItsWay`) is allowed and
+counted. Results are those of the CPU, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ DEVICE = torch.device("cuda", 0)
 
 
 class Waited(AssertionError):
-    """The host waited for the device."""
+    """The error of a host that waited for the device."""
 
 
 class OnDevice(Tensor):
     """A tensor of the simulated device; `inner` holds its numbers.
 
-    To torch's C++ it is one of the meta device, as autograd knows nothing of a GPU in a build
-    without; Python is told that it is on one.
+    To torch's C++ the tensor is on the meta device, as autograd knows nothing of a GPU in a build
+    without one. Python is told that the tensor is on a GPU.
     """
 
     device = DEVICE
@@ -96,11 +96,11 @@ INDEXED = {
 
 
 class SimulatedDevice(TorchDispatchMode):
-    """Inside, `cuda:0` is there.
+    """A mode in which `cuda:0` exists.
 
     Attributes:
-        waits: how often an event was waited for, the one way that is allowed.
-        calls: operations that were dispatched.
+        waits: number of waits for an event, the one allowed kind.
+        calls: number of dispatched operations.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ class SimulatedDevice(TorchDispatchMode):
 
         def from_numbers(data: Any, **kwargs: Any) -> Tensor:
             where = torch.device(kwargs.pop("device", None) or "cpu")
-            return tensor(data, **kwargs).to(where)  # such memory is not pinned
+            return tensor(data, **kwargs).to(where)  # this memory is not pinned
 
         monkeypatch.setattr(torch, "tensor", from_numbers)
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
@@ -130,7 +130,7 @@ class SimulatedDevice(TorchDispatchMode):
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Inside, anybody may wait: what is done once a model, before any batch."""
+        """Allow waits inside: for work that is done once a model, before any batch."""
         self._refuses = False
         try:
             yield
@@ -202,7 +202,7 @@ class SimulatedDevice(TorchDispatchMode):
 
 
 def _inside(args: Any) -> tuple[Any, bool]:
-    """Arguments with what tensors of the device hold; whether one is such a tensor."""
+    """Arguments with the inner tensors of the device's; whether any argument is one of these."""
     found: list[Any] = []
     any_there = False
     for x in args:
@@ -228,11 +228,10 @@ def _pinned(x: Tensor) -> Tensor:
 
 
 def plan_there(plan: Plan) -> Plan:
-    """The plan of a copy of a model on the simulated device, as it was made on the CPU.
+    """The plan of a copy of a model on the simulated device, taken from the plan on the CPU.
 
-    What a module does is tried once a model, before any batch, partly by forward mode, which torch
-    does not offer to tensors of another class. That rows lie by sample is known from these models'
-    code.
+    Modules are tried once a model, before any batch, partly by forward mode, which torch does not
+    offer to tensors of another class. These models' code shows that rows lie by sample.
     """
     there = moved(plan.model)
     parameters = {plain_name(name): p for name, p in there.named_parameters()}

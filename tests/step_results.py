@@ -1,4 +1,4 @@
-"""Step results: made-up ones of any shape, and one of a tiny model that is really trained."""
+"""Step results: made-up ones of any shape, and one of a real training of a tiny model."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def step_dataset(
 ):
     """A Dataset in the form of a combined step result, with numbers from a seed.
 
-    Risks move by the predictions and a part of second order; where it explodes, effects grow by
-    five decades.
+    Risks move by the predictions and a part of second order; with `explodes`, effects grow by five
+    decades.
 
     Args:
         objectives: the first is the trained one.
-        n_steps: probes.
-        every: updates between them.
-        trained: whether the run says what it was trained on; else it is of checkpoints.
+        n_steps: number of probes.
+        every: number of updates between probes.
+        trained: whether the run names its trained objective; else the steps are checkpoints.
         explodes: whether effects grow as GA's do.
         weights: whether there are token weights.
         noise: of the measured change, relative to the predicted one.
-        seed: of everything.
+        seed: of all numbers.
         kwargs: of `synthetic.make_dataset`.
     """
     rng = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def step_dataset(
 
 
 def _weights(base, along, rng):
-    """Weights of 6 tokens a sample, of which every third has 4; the second objective has none."""
+    """Weights of 6 tokens a sample, 4 for every third sample; the second objective has none."""
     n, width = base.sizes["sample"], 6
     shape = (base.sizes["objective"], n, width)
     values = rng.lognormal(size=shape) * np.where(base["set"].values == "forget", 1, -1)[:, None]

@@ -1,4 +1,4 @@
-"""The per-sample functions are exact or refuse, for any module, samples and tokens."""
+"""The per-sample functions are exact, or refuse, for any module, samples and tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 4
 
 
 class Block(nn.Module):
-    """A step from `(n, tokens, WIDTH)` to the same shape, that keeps samples apart."""
+    """A model's step from `(n, tokens, WIDTH)` to the same shape, which keeps samples apart."""
 
     def __init__(self, step: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def positions(b: Any, x: Tensor) -> Tensor:
 
 
 def relative_bias(b: Any, x: Tensor) -> Tensor:
-    """T5's: a table of scores by distance, `(tokens, tokens, heads)`, shared by all samples."""
+    """A bias like T5's: scores by distance, `(tokens, tokens, heads)`, shared by all samples."""
     at = torch.arange(x.shape[1])
     scores = x @ x.mT + b.table((at[:, None] - at).abs())[..., 0]
     return x + scores.softmax(-1) @ b.inner(x)
@@ -64,7 +64,7 @@ def packed_rows(b: Any, x: Tensor) -> Tensor:
 
 
 def recurrent_states(b: Any, x: Tensor) -> Tensor:
-    """Final states `(layers, n, WIDTH)`, through a layer as they are."""
+    """Final states `(layers, n, WIDTH)`, given to a layer with their axes in this order."""
     states = b.rnn(x)[1]
     return x + b.inner(states).mean(0)[:, None]
 
@@ -89,7 +89,7 @@ def halves(b: Any, x: Tensor) -> Tensor:
 
 
 def pairs(b: Any, x: Tensor) -> Tensor:
-    """Two neighbours of every sample, which are counted right."""
+    """`stack([chosen, rejected])`: two neighbouring rows for every sample, attributed right."""
     both = b.inner(torch.stack([x, -x], 1).flatten(0, 1)).unflatten(0, (-1, 2))
     return x + both[:, 0] - both[:, 1]
 
@@ -147,7 +147,7 @@ def losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def plain_gradients(model: nn.Module, ids: Tensor) -> Tensor:
-    """`(n, numel)`, of one sample after the other."""
+    """`(n, numel)`, one sample after the other."""
     own = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for one in ids:
@@ -216,7 +216,7 @@ def test_models_of_several_blocks(blocks: list[str], n: int, tokens: int, seed: 
 
 
 class SharedPositions(nn.Module):
-    """Position ids `(1, tokens)`, used once for all samples."""
+    """A model with position ids `(1, tokens)`, used once for all samples."""
 
     def __init__(self, by: str) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class SharedPositions(nn.Module):
 
 
 def test_positions_given_to_each_sample_change_no_loss() -> None:
-    """A sum over the axis of samples is that of one row in the model by itself."""
+    """A sum over the axis of samples equals one row alone in the model."""
     torch.manual_seed(0)
     assert is_exact(SharedPositions("adding").double(), ids_of(3, 5))
     assert not is_exact(SharedPositions("sum").double(), ids_of(3, 5))
@@ -238,7 +238,7 @@ def test_positions_given_to_each_sample_change_no_loss() -> None:
 
 
 def test_rows_are_tried_once_a_structure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Again where another number of tokens makes axes alike, not for other data."""
+    """Rows are tried again if another number of tokens makes axes alike, but not for new data."""
     trials = []
     weighted = Attribution.weighted
     monkeypatch.setattr(
@@ -255,7 +255,7 @@ def test_rows_are_tried_once_a_structure(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Single(nn.LayerNorm):
-    """A norm that computes in fp32, as those of transformers do in models of fp64."""
+    """A norm that computes in fp32, as transformers' norms do in models of fp64."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape).to(x.dtype) * self.weight
@@ -263,7 +263,7 @@ class Single(nn.LayerNorm):
 
 @pytest.mark.parametrize("n", [2, 3, 5, 20])
 def test_norms_in_fp32_inside_fp64_hide_nothing(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights stay within what they hold."""
+    """The weights of the trial stay within the range of fp32."""
     trials = []
     conclude = Attribution.conclude
     monkeypatch.setattr(Attribution, "conclude", lambda self: trials.append(self) or conclude(self))
@@ -332,8 +332,10 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize(("n", "tokens"), [(4, 4), (3, 5), (6, 6)], ids=str)
 @pytest.mark.parametrize("kind", ["t5", "umt5", "mpnet", "longformer", "bert"])
 def test_encoders_of_transformers(kind: str, n: int, tokens: int) -> None:
-    """Positions relative to each other are one table for all samples; Longformer's tokens come
-    first inside."""
+    """Relative positions are one table for all samples.
+
+    Inside Longformer, tokens come first.
+    """
     model = Encoder(kind).double().eval()
     served = is_exact(model, ids_of(n, tokens))
     assert served == (kind == "bert")

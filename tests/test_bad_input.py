@@ -64,7 +64,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def here(study, place, monkeypatch):
-    """A copy of the study as the working folder, at the same place for all, and no network."""
+    """A copy of the study as the working folder, the same path for all cases, without a network."""
     shutil.copytree(study, place)
     monkeypatch.chdir(place)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -73,7 +73,7 @@ def here(study, place, monkeypatch):
 
 
 def told(case, here, capfd):
-    """The exit code of a case, and the line it is answered with."""
+    """The exit code of a case, and the line printed for it."""
     if callable(case.run):
         with pytest.raises(GEffectError) as caught:
             case.run(here)
@@ -83,7 +83,7 @@ def told(case, here, capfd):
         code = main(case.run)
     assert not warned, [str(each.message) for each in warned]
     lines = capfd.readouterr().err.splitlines(keepends=True)
-    # Every halving of the token budget is told of before there is nothing left to halve.
+    # Every halving of the token budget prints a line, until nothing is left to halve.
     printed = "".join(x for x in lines if not x.startswith("warning: out of memory with a batch"))
     assert printed.startswith("error: ") and printed.endswith("\n"), printed
     return code, printed.removeprefix("error: ")[:-1]

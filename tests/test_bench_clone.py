@@ -39,7 +39,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_scripts_import_the_package_beside_them(clone: Path, tmp_path: Path) -> None:
-    # The clone's bytecode is kept for the next script, whatever this machine does otherwise.
+    # The clone's bytecode is kept for the next script, whatever the machine's settings.
     left_out = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     command = [sys.executable, "-c", IMPORTED, str(clone / "benchmarks"), *SCRIPTS]

@@ -24,7 +24,7 @@ import bench_gpu  # noqa: E402
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The script's own call, and what it prints."""
+    """Call the script's own `main`, and return the printed text."""
 
     def call(*options: str) -> str:
         monkeypatch.setattr(sys, "argv", ["bench_gpu", "--device", "cpu", "--quick", *options])

@@ -96,11 +96,11 @@ def test_part_over_its_time_ends_and_is_named(runner: Runner) -> None:
         while True:
             try:
                 time.sleep(0.01)
-            except Exception:  # what catches errors must not catch this
+            except Exception:  # a handler of errors must not catch this
                 continue
 
     runner.run("endless", hang, 0)
-    runner.run("hopeless", hang, 5.0)  # needs more than is left: not begun
+    runner.run("hopeless", hang, 5.0)  # this part needs more time than is left, and is not begun
     assert runner.left_out == ["endless (over its 0 s)", "hopeless"]
     assert not runner.failed and not runner.rows
 

@@ -1,4 +1,4 @@
-"""What setup.py builds, where, and what it says about what is missing."""
+"""The files that setup.py builds, their places, and the messages about missing tools."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_setup_refuses_an_unknown_build() -> None:
 
 
 def test_every_file_of_the_package_is_built(tmp_path: Path) -> None:
-    """Modules of all rooms, templates, style sheets and scripts."""
-    # an earlier list of sources would be taken for one that is meant
+    """Modules of all parts of the package, templates, style sheets and scripts."""
+    # an earlier list of sources would be used instead of a search
     words = ["--quiet", "egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path]
     code = RUN.replace('"--version"', ", ".join(repr(str(word)) for word in words))
     done = run_setup(code, GEFFECT_FAST_BUILD="none")
@@ -104,15 +104,15 @@ def test_setup_without_native_build_needs_no_torch() -> None:
     assert done.stdout.strip().endswith("[]")
 
 
-# A toolkit that lists what it could compile for, and torch with CUDA or without; instead of
-# building, the extensions are printed.
+# A toolkit that lists its targets, and torch with CUDA or without. The extensions are printed
+# instead of built.
 NVCC = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
   --list-gpu-code) printf "sm_75\\nsm_80\\nsm_90\\nsm_121\\n" ;;
 esac
 """
-# What PATH holds: it says where it belongs.
+# This program is in PATH, and names the toolkit it belongs to.
 SCRIPT = '#!/bin/sh\necho "#$ TOP={home}/bin/.." >&2\nexec {home}/bin/nvcc "$@"\n'
 DESCRIBE = """
 import json, runpy, setuptools, torch
@@ -128,7 +128,7 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
-# Each is a fork of a process that has imported what takes seconds.
+# Each command is a fork of a process that has imported the slow modules.
 PREPARED = """
 import json, os, sys, traceback
 import setuptools, torch.utils.cpp_extension
@@ -183,7 +183,7 @@ def toolkit(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def describe(toolkit: Path, prepared: subprocess.Popen[str], tmp_path: Path) -> Describe:
-    """What setup.py would build with that toolkit."""
+    """The build that setup.py plans with this toolkit."""
     path = f"{toolkit.parent / 'path'}{os.pathsep}{os.environ['PATH']}"
     given = {
         "GEFFECT_FAST_BUILD": "cuda",
@@ -292,7 +292,7 @@ def test_arch_list_is_honoured(describe: Describe) -> None:
     built = extensions(describe(TORCH_CUDA_ARCH_LIST="8.6 9.0 9.0a 12.0+PTX"))
     assert gencode(built["geffect_fast._kernels"]) == {
         "arch=compute_86,code=sm_86",
-        "arch=compute_90a,code=sm_90a",  # serves what sm_90 would
+        "arch=compute_90a,code=sm_90a",  # serves the GPUs of sm_90
         "arch=compute_120,code=sm_120",
         "arch=compute_120,code=compute_120",
     }
@@ -337,9 +337,9 @@ def test_sanitizers_are_in_the_kernels_of_their_own_build_alone(
     assert facts["GEFFECT_FAST_FLAGS"] == f'"{" ".join(flags)}"'
     wanted = build == "sanitize"
     assert (named in flags) == (named in kernels["extra_link_args"]) == wanted
-    # UBSan takes no notice of overflows that -fwrapv, a flag of Python's own, defines.
+    # UBSan ignores overflows that -fwrapv, a flag of Python's own, defines.
     assert ("-fno-wrapv" in flags) == ("-fno-sanitize-recover=undefined" in flags) == wanted
-    assert not stems(kernels, ".cu")  # and nothing was asked of CUDA
+    assert not stems(kernels, ".cu")  # and CUDA was not looked for
 
 
 def test_sanitizers_that_are_not_at_work_are_an_error(

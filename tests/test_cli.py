@@ -1,4 +1,4 @@
-"""The command line: what it does; what it refuses is in `bad_input`."""
+"""The command line: successful commands; refusals are in `bad_input`."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def arguments(**changes):
 
 @pytest.fixture(scope="module")
 def finished(study, tmp_path_factory, undrawn):
-    """A finished run over everything that options offer."""
+    """A finished run with all kinds of options."""
     out = tmp_path_factory.mktemp("finished") / "run"
     files = {
         "model": "model",
@@ -67,7 +67,7 @@ def snapshot(folder):
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-# ---- what works ----
+# ---- success ----
 
 
 def test_a_run_folder_is_complete(finished):
@@ -219,15 +219,15 @@ def test_without_a_command_there_is_help_and_a_version(capsys):
     assert capsys.readouterr().out.startswith("geffect-fast ")
 
 
-# ---- what goes wrong ----
+# ---- failure ----
 
 
 def test_a_refused_out_folder_costs_no_work(here, capsys, monkeypatch):
     (here / "run").mkdir()
     (here / "run" / "results.nc").touch()
-    monkeypatch.setattr("geffect_fast.measure.execute.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("geffect_fast.measure.by_config.load_model", lambda *a: pytest.fail("loaded"))
     monkeypatch.setattr(
-        "geffect_fast.measure.execute.read_rows", lambda *a, **k: pytest.fail("read")
+        "geffect_fast.measure.sources.read_rows", lambda *a, **k: pytest.fail("read")
     )
     assert main(arguments()) == 2
 

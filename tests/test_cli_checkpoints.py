@@ -1,4 +1,4 @@
-"""`geffect-fast profile --checkpoints`: stopped, gone on with, and replayed."""
+"""`geffect-fast profile --checkpoints`: stopped, resumed, and replayed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options as people write them: several values behind one, help in panels, completion."""
+"""Spellings of options: several values behind one option, help in panels, completion."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_words_behind_a_repeatable_option_each_have_it(written, read):
 @pytest.mark.parametrize("command", ["profile", "sweep", "check"])
 def test_objectives_go_by_either_name_with_spaces_or_commas(command, name, monkeypatch, tmp_path):
     taken = []
-    for place in ("execute", "execute_check"):
+    for place in ("execute.execute", "execute_check.execute_check"):
         monkeypatch.setattr(
-            f"geffect_fast.measure.execute.{place}",
+            f"geffect_fast.measure.{place}",
             lambda config, *more, **options: taken.append(config) or sys.exit(0),
         )
     data = ["--data", "f"] if command == "check" else ["--forget", "f", "--retain", "r"]

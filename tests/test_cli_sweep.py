@@ -1,4 +1,4 @@
-"""`geffect-fast sweep`: its run folder, its replay, its ways of taking objectives."""
+"""`geffect-fast sweep`: its run folder, its replay, and the ways to give objectives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SWEPT = ["wga(alpha=1:2:3)", "npo(beta=0.1:10:2,log) + 0.5*kl", "ga"]
 
 @pytest.fixture(scope="module")
 def words(study):
-    """A sweep's command line but for its objectives and its folder."""
+    """A sweep's command line without its objectives and its folder."""
     files = {"model": "model", "reference": "reference", "refusals": "refusals.txt"}
     files |= {"forget": "forget.jsonl", "retain": "retain.jsonl"}
     paths = {name: str(study / file) for name, file in files.items()}
@@ -81,7 +81,7 @@ def test_run_yaml_replays_to_the_same_bits(finished, tmp_path, monkeypatch):
 
 @pytest.fixture
 def taken(finished, monkeypatch):
-    """The configs of runs that are not run; the finished one stands for their results."""
+    """The configs of runs that are replaced by a finished run."""
     configs = []
 
     def note(config, *_args, **_kwargs):

@@ -117,7 +117,7 @@ def test_what_is_printed_compares_with_ga():
 
 
 def test_what_rounding_leaves_of_zero_is_printed_as_zero():
-    """Harm and its repair add up to nothing but for a last digit; a token's share is as little."""
+    """Harm and its repair add up to zero but for a last digit; a token's share is as small."""
     shares = np.array([[-3.0, -1.0, 1.0, -1e-18], [-0.1, -0.2, 0.3, 1e-20]])
     best = gf.optimal_weights(token_result([shares]), retain_budget=0)
     best["e_r"] = 0 * best["e_r"] - 6e-17

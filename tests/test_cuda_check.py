@@ -1,4 +1,4 @@
-"""`make cuda-check`: what it reads from ptxas, and that spills and warnings fail it."""
+"""`make cuda-check`: its reading of ptxas's report, and its failure on spills and warnings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import cuda_check
 from cuda_check import Kernel, parse_report, setup, short_names, shorten, table
 
-# Of nvcc 13.0: a kernel that spills, one that does not, one that calls a function.
+# From nvcc 13.0: a kernel that spills, one that does not, one that calls a function.
 REPORT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN12geffect_fast40_GLOBAL__N__4eebcfba_8_spill_cu_d48a280313greedy_kernelIfLi64EEEvPT_' for 'sm_80'
@@ -114,7 +114,7 @@ def test_missing_compiler_is_one_line(
 
 @pytest.fixture
 def check_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Check a file of kernels made up here."""
+    """Check a file of made-up kernels."""
     if (toolkit := setup.find_toolkit()) is None:
         pytest.skip("no nvcc here")
     if "9.0a" not in toolkit.targets():
@@ -136,7 +136,7 @@ def test_kernels_that_fit_pass_and_are_compiled_once(
     assert check_kernels(4) == 0
     first = capsys.readouterr().out
     assert "greedy_kernel<float, 4>" in first
-    monkeypatch.delattr(cuda_check.tempfile, "TemporaryDirectory")  # where objects go
+    monkeypatch.delattr(cuda_check.tempfile, "TemporaryDirectory")  # the place of objects
     assert check_kernels(4) == 0
     assert capsys.readouterr().out == first
 

@@ -1,4 +1,4 @@
-"""Whatever a file that is read holds: an answer in one line, or one that it does not matter."""
+"""Files with any content that a command reads: one line, or no effect at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from geffect_fast.report.tables.compare import render_comparison
 from geffect_fast.results.form import check_complete
 from geffect_fast.steps.compare import compare
 from geffect_fast.storage.disk import REPLACED
-from geffect_fast.storage.run_folder import save_result
+from geffect_fast.storage.results_file import save_result
 from geffect_fast.storage.seal import write_sealed
 from geffect_fast.training.resume import MARK, checkpoints
 
@@ -171,7 +171,7 @@ ODD = [*("[" * 100_000, "null", '{"a": 1}', "", "1" * 10_000), 1.5]
 
 @pytest.mark.parametrize("steps", [False, True])
 def test_every_attribute_of_a_result_may_hold_anything(steps, tmp_path):
-    """Of one in memory, as it is after `open_run`, beside a whole one where there are steps."""
+    """The result is in memory, as after `open_run`, beside a sound one where there are steps."""
     made = STEPS[0] if steps else make_dataset(n_blocks=1)
     for name in made.attrs:
         for value in ODD:
@@ -188,7 +188,7 @@ def test_every_attribute_of_a_result_may_hold_anything(steps, tmp_path):
 
 @pytest.mark.parametrize("words", ["show steps", "compare steps one --out new"])
 def test_attributes_are_read_from_a_file_whatever_they_hold(here, words, capfd):
-    """One that results have, and the one that says how they are written."""
+    """The attributes are one that results have, and the one that says how they are written."""
     whole, file = here / "whole.nc", here / "steps/results.nc"
     STEPS[0].assign_attrs(json_attrs="[]").to_netcdf(whole, engine="h5netcdf")
     for name in ("objectives", "json_attrs") if words.startswith("show") else ("versions",):

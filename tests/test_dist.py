@@ -1,4 +1,4 @@
-"""What a release says of itself is the same everywhere."""
+"""A release states the same about itself everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples run from top to bottom, and what their texts say is what they find."""
+"""The examples run from top to bottom, and their texts state what they find."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    """What the script leaves behind."""
+    """The variables that the script leaves behind."""
     return runpy.run_path(str(EXAMPLES / "unlearning_loop.py"))
 
 
@@ -103,7 +103,7 @@ def test_a_notebook_shows_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def studied(tmp_path, monkeypatch):
-    """Runs a study on TOFU, made tiny: invented rows, a Llama of an epoch, three runs, one metric.
+    """Run a study on TOFU, made tiny: invented rows, a Llama of an epoch, three runs, one metric.
 
     Returns the folder of the study and the invented rows.
     """

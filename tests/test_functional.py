@@ -56,7 +56,7 @@ def nll(logits, ids):
 
 
 def loss_fn(model, batch):
-    """One mean negative log-likelihood a sample, of padded or packed samples."""
+    """One mean negative log-likelihood for each sample, of padded or packed samples."""
     if "cu_seqlens" in batch:
         logits = model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -89,7 +89,7 @@ def precise(dtype):
 
 
 def close(actual, wanted, dtype, scale=None):
-    """Relative to `scale`: the largest that a product could be, where it is a difference."""
+    """Compare relative to `scale`: the largest possible product, if the result is a difference."""
     scale = wanted.abs().max() if scale is None else scale
     assert actual.dtype == torch.float64 and actual.shape == wanted.shape
     assert float((actual - wanted).abs().max()) <= TOLERANCE[dtype] * float(scale)
@@ -152,7 +152,7 @@ def test_every_architecture(architecture, dtype, form):
 
 
 def exact(architecture, dtype, form, summed):
-    """Norms and products are those of plain autograd, by parameter; those that are sums too."""
+    """Check that norms and products, by parameter and summed, are those of plain autograd."""
     with precise(dtype):
         model = build(architecture, dtype)
         asking = [p.requires_grad for p in model.parameters()]
@@ -202,7 +202,7 @@ def test_rows_that_a_model_mixes_are_refused_unless_of_one_sample(architecture):
 
 
 def test_identities():
-    """The diagonal of all pairs is the squared norm; a sample's gradient as the direction, too."""
+    """The diagonal of all pairs is the squared norm, also with a sample's gradient as direction."""
     with fp64_throughout():
         model = build("llama_tied", torch.float64)
         batch = padded(LENGTHS)
@@ -377,7 +377,7 @@ def test_grad_inner_products_wrong_calls(arguments, message):
 @pytest.mark.parametrize("condensed", [False, pytest.param(True, marks=native)])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_layers_of_one_input_share_its_gram_matrix(architecture, condensed, monkeypatch):
-    """Queries, keys and values are one call, and so are gate and up: of whole gradients only."""
+    """Queries, keys and values share one call, as do gate and up, for whole gradients only."""
     model, batch = build(architecture, torch.float64), padded(LENGTHS)
     widths = []
     if not condensed:  # as without the native op, or for long samples
@@ -398,12 +398,12 @@ def test_layers_of_one_input_share_its_gram_matrix(architecture, condensed, monk
     torch.testing.assert_close(whole, torch.stack(list(apart.values())).norm(dim=0))
     assert sum(widths) == sum(each)
     blocks = model.config.num_hidden_layers
-    # gpt2 projects queries, keys and values by one layer as it is
+    # gpt2 already projects queries, keys and values by one layer
     assert len(each) - len(widths) == (3 * blocks if architecture == "llama" else 0)
 
 
 class Twice(nn.Module):
-    """A layer that is called twice, and one that is called once."""
+    """A model with a layer that is called twice, and one that is called once."""
 
     def __init__(self):
         super().__init__()
@@ -421,7 +421,7 @@ def reduced(model, batch):
 
 @native
 def test_norms_of_a_layer_that_is_called_again():
-    """Its inputs are needed for cross terms: the forward runs again, and only the first time."""
+    """Cross terms need the inputs: the forward runs again, and only the first time."""
     model, batch = Twice(), {"x": torch.randn(3, 5, 16, dtype=torch.float64)}
     forwards = []
     handle = model.register_forward_hook(lambda *_: forwards.append(1))
@@ -438,7 +438,7 @@ def test_norms_of_a_layer_that_is_called_again():
 
 @native
 def test_norms_alone_keep_inner_products_of_inputs():
-    """Of samples that are shorter than layers are wide; longer ones keep their inputs."""
+    """Samples shorter than layers are wide keep inner products; longer ones keep their inputs."""
     model = nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 16))
     for length, kept in ((16, GramOuter), (17, Outer)):
         forms = []

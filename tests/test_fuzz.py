@@ -1,4 +1,4 @@
-"""Whatever arguments and files a user gives: an exit code that is documented, and no traceback."""
+"""Random arguments and files of a user: a documented exit code, and no traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from step_results import step_dataset
 from test_streams import closed_pipe
 
 from geffect_fast.cli import COMMANDS, main
-from geffect_fast.storage.run_folder import save_result
+from geffect_fast.storage.results_file import save_result
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -93,7 +93,7 @@ def source(study, tmp_path_factory):
 @pytest.fixture
 def here(source, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    # It would train for minutes; the user has not so long.
+    # It would train for minutes, which is too long here.
     monkeypatch.setattr("geffect_fast.demo.memorise", interrupted)
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(source, tmp_path / "here", dirs_exist_ok=True)
@@ -104,7 +104,7 @@ def interrupted(*_args, **_kwargs):
 
 
 def try_all(drawn, rng, capfd, least):
-    """Runs what is drawn until the time is up, some of it with nobody who reads what it prints."""
+    """Run drawn cases until the time is up, some of them with a closed pipe as output."""
     until = time.monotonic() + SECONDS
     for n, (words, what) in enumerate(drawn, start=1):
         lost = [name for name in ("stdout", "stderr") if rng.random() < 0.1]
@@ -183,7 +183,7 @@ def damaged(rng, data):
 
 
 def files(rng, here):
-    """Commands that work, on a file that is damaged, missing, or something else."""
+    """Commands that work, on a file that is damaged, missing, or of another kind."""
     while True:
         name = rng.choice(list(FILES))
         file = here / name

@@ -109,7 +109,7 @@ def modules():
 
 
 def imports_of(file, known):
-    """The modules of the package that a file imports, wherever it does, but for types alone."""
+    """The modules of the package that a file imports anywhere, except for types alone."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for_types = {
         id(within)
@@ -130,7 +130,7 @@ def imports_of(file, known):
 
 
 def test_no_module_imports_itself_by_a_detour():
-    """Within functions neither: what is imported late to break a circle is a circle."""
+    """Imports within functions count: a late import that breaks a circle is a circle."""
     known = modules()
     left = {
         name: {*imports_of(file, known)} & known.keys() - {name} for name, file in known.items()
@@ -190,7 +190,7 @@ def test_a_small_module_is_used_by_several():
 
 
 def test_an_option_is_declared_once():
-    """With its default, as a field of the settings."""
+    """The one place is a field of the settings, with the default."""
     from geffect_fast.settings import LiveMetrics, Measuring
     from geffect_fast.unlearn_settings import Training
 
@@ -208,9 +208,9 @@ def test_an_option_is_declared_once():
                     {f"{file.relative_to(ROOT)}: {node.name}": given & own} if given & own else {}
                 )
     assert found == {
-        "measure/models.py: load_model": {"trust_remote_code"},  # off, whoever loads a model
+        "measure/models.py: load_model": {"trust_remote_code"},  # off for all callers
         "measure/models.py: load_tokenizer": {"trust_remote_code"},
-        # Optimizers that live, not the names of them; and off, whoever measures.
+        # A live optimizer instead of its name; off for all callers.
         "measure/profile.py: profile": {"optimizer", "second_order"},
         "measure/profiler.py: measure": {"second_order"},
         "steps/probe.py: __init__": {"second_order"},
@@ -224,7 +224,7 @@ def python(code):
 
 
 def package():
-    """The seconds of processor time that the package takes, and the modules there are then."""
+    """The processor time of importing the package in seconds, and the modules loaded then."""
     code = "import sys, geffect_fast, time; print(time.process_time(), *sys.modules)"
     seconds, *modules = python(code)
     return float(seconds), modules

@@ -1,4 +1,4 @@
-"""Ctrl-C and a full disk, to a process of its own: one line, and every folder as it was."""
+"""Ctrl-C and a full disk in a process of its own: one line, and every folder as it was."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 def _obedient():
-    """Signals as a terminal's own commands have them; those in the background ignore some."""
+    """Restore the default signals: processes in the background ignore some of them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for each in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_DFL)
@@ -70,7 +70,7 @@ def _wait_at(mark, name, call_number):
 class Stopped:
     """A command in a process of its own, which waits in a call of some function.
 
-    It is a fork of this process, where all that takes seconds to import is there.
+    The process is a fork of this one, which has imported the slow modules.
     """
 
     def __init__(self, folder, mark, moment, words, signals):
@@ -95,20 +95,20 @@ class Stopped:
             time.sleep(0.02)
 
     def end_by(self, sent):
-        """What a signal makes of it: its exit code, and what it said."""
+        """End the process by a signal, and return its exit code and its output."""
         os.kill(self.process.pid, sent)
         self.process.join(300)
         return self.process.exitcode, *self.said()
 
     def said(self):
-        """All it printed on stdout and stderr, less the note that no kernels are here."""
+        """Printed text of stdout and stderr, without the note that there are no kernels."""
         out, error = (file.read_text(encoding="utf-8") for file in self.printed)
         return out, re.sub(r"\Aops on .* run in plain torch.*\n", "", error)
 
 
 @contextmanager
 def stopped(folder, mark, moment, words, signals=_obedient):
-    """A command that waits where it was told to, and is ended when the block is."""
+    """Start a command that waits in a function, and end the command with the block."""
     command = Stopped(folder, mark, moment, words, signals)
     command.process.start()
     try:
@@ -121,7 +121,7 @@ def stopped(folder, mark, moment, words, signals=_obedient):
 
 @pytest.fixture
 def command(here, monkeypatch, capfd):
-    """Runs a command of a bystander, in this process: its exit code, stdout and stderr."""
+    """Run a command of a bystander in this process: its exit code, stdout and stderr."""
 
     def run(*words):
         monkeypatch.chdir(here)
@@ -140,7 +140,7 @@ def command(here, monkeypatch, capfd):
     ],
 )
 def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment, sent):
-    """And so do the signals of schedulers and of terminals that close."""
+    """The signals of schedulers and of closing terminals leave the run whole as well."""
     before, mark = snapshot(here), tmp_path / "there"
     with stopped(here, mark, MOMENTS[moment], [*profile(), "--overwrite"]) as command:
         now = {name: digest for name, digest in snapshot(here).items() if name != "run/.lock"}
@@ -208,7 +208,7 @@ def test_a_second_resume_is_refused(here, command, tmp_path, monkeypatch):
 
 
 def test_nohup_goes_on(here, tmp_path):
-    """Who has SIGHUP ignored wants the command to outlive its terminal."""
+    """A user who has SIGHUP ignored wants the command to outlive its terminal."""
     mark = tmp_path / "there"
 
     def ignore():
@@ -222,7 +222,7 @@ def test_nohup_goes_on(here, tmp_path):
 
 
 def test_a_full_disk_leaves_the_earlier_run_whole(here):
-    """Also at the end of the process, when HDF5 closes what is still open."""
+    """The disk is full at the end of the process too, when HDF5 closes open files."""
     before = snapshot(here)
 
     def limit():

@@ -1,4 +1,4 @@
-"""Names with line breaks, escape codes and turned text come out escaped, wherever they come out."""
+"""Names with line breaks, escape codes and bidirectional marks are escaped in every output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import geffect_fast as gf
 from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import GEffectError, GEffectWarning, InputError
-from geffect_fast.storage.run_folder import open_run, save_result
+from geffect_fast.storage.results_file import save_result
+from geffect_fast.storage.run_folder import open_run
 from geffect_fast.storage.run_yaml import dump_config, load_config
 
 NAMES = {
@@ -39,7 +40,7 @@ def here(study, tmp_path, monkeypatch):
 
 
 def clean(text, name):
-    """No raw character of the name but those of the text itself is in it."""
+    """Check that the text holds no raw character of the name but those of the text itself."""
     assert not RAW.search(text), RAW.search(text)
     assert "\n" not in name or name not in text
     return text
@@ -88,7 +89,7 @@ def test_a_config_that_names_them(tmp_path, name):
     )
     text = dump_config(config)
     assert not RAW.search(text)
-    assert all(line == line.rstrip() and line for line in text.splitlines())  # no folded ones
+    assert all(line == line.rstrip() and line for line in text.splitlines())  # no folded lines
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     assert load_config(tmp_path / "run.yaml") == config
 

@@ -1,7 +1,7 @@
-"""With open-unlearning: its trainers' losses by name, the callback in them, its folders, its page.
+"""Work with open-unlearning: losses by its names, the callback in its trainers, folders, the page.
 
-The trainers here have the shape of its own, `compute_loss` on items of `forget` and `retain`, with
-the formulas of its papers written anew.
+The trainers here have the shape of open-unlearning's own, `compute_loss` on items of `forget` and
+`retain`, with the formulas of the papers written anew.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def padded(items):
-    """Batches of both, padded on the right."""
+    """Batches of both rows, padded on the right."""
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {
         part: {
@@ -64,7 +64,7 @@ def padded(items):
 
 
 def token_nll(model, rows):
-    """`l` of every label, 0 elsewhere, and how many there are, by row."""
+    """`l` of every label, 0 elsewhere, and the number of labels, by row."""
     logits, labels = model(**rows).logits[:, :-1], rows["labels"][:, 1:]
     nll = cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
     return nll, (labels != -100).sum(1)

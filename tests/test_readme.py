@@ -1,5 +1,7 @@
-"""README's tables are those of the committed CSVs, its Python gives what it says, and what README
-and docs name is there."""
+"""README's tables are those of the committed CSVs, and its Python gives the shown output.
+
+Files and commands that README and docs name exist.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def test_files_that_are_named_are_there(page):
 
 
 def anchors(page):
-    """What a link may name after its `#`: the headings, as GitHub writes them."""
+    """The headings that a link may name after its `#`, as GitHub writes them."""
     text = re.sub(
         r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
     )

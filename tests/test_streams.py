@@ -1,4 +1,4 @@
-"""What commands do where what they print cannot be written: a pipe that is closed, a full disk."""
+"""Commands whose output cannot be written: a closed pipe, a full disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 UNLEARN = [*profile(objectives=None, refusals=None), "--objective", "ga", "--steps", "2"]
 DATA = ["--out", "new", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
-KEPT = ["--metric", "probability"]  # nothing is known by heart here
+KEPT = ["--metric", "probability"]  # nothing is memorised here
 RUNS = {
     "run": [*profile(refusals=None), "--resolve", "sample,token"],
     "one": ["unlearn", *UNLEARN[1:], "--probe-rows", "2"],
@@ -97,7 +97,7 @@ def ends_silently(here, words, buffering, monkeypatch, capfd):
     assert main(words) == 141
     assert (sys.stdout, sys.stderr) == streams
     for stream in streams:
-        stream.close()  # nothing is left that Python would complain of
+        stream.close()  # nothing is left for Python to complain of
     assert capfd.readouterr() == ("", "")
     assert not list(here.rglob(".unfinished-*")) and not list(here.rglob("*.part"))
 

@@ -1,4 +1,4 @@
-"""Nothing of what is printed is obeyed by a terminal, whoever prints it."""
+"""A terminal obeys no printed text, whoever prints it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _raise(error):
 def test_hostile_rows_of_a_run_are_shown_by_show_and_tokens(tmp_path, capsys):
     from synthetic import make_dataset
 
-    from geffect_fast.storage.run_folder import save_result
+    from geffect_fast.storage.results_file import save_result
 
     dataset = make_dataset(n_blocks=2, n_forget=2, n_retain=0, resolve=("group", "sample", "token"))
     text = HOSTILE.replace("\udcff", "")

@@ -1,4 +1,4 @@
-"""Threads on a shared machine: what commands set before torch is loaded, and what is said."""
+"""Threads on a shared machine: settings before torch is loaded, and messages about them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import geffect_fast.measure.profile
 
 
 def started(words, cpus=None, **environment):
-    """What a process of Python prints on stderr."""
+    """The text that a process of Python prints on stderr."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     done = subprocess.run(
         [sys.executable, *words],
@@ -40,7 +40,7 @@ def started(words, cpus=None, **environment):
 
 
 def settings(words, cpus=None, **environment):
-    """OpenMP's own settings, as the library itself shows them when torch loads it."""
+    """OpenMP's own settings, as the library shows them when torch loads it."""
     shown = started(words, cpus, OMP_DISPLAY_ENV="verbose", **environment)
     return dict(re.findall(r"^\s*(?:\[host\] )?(\w+) ?= ?'(.*)'$", shown, re.MULTILINE))
 
@@ -115,7 +115,7 @@ def test_nothing_is_said_where_nothing_can_be_won(
     ids=["one", "half", "no limit", "many", "version 1", "version 1, no limit", "odd", "none"],
 )
 def test_a_control_group_limits_the_number(tmp_path, files, expected):
-    """ollama/ollama#17916: the cores of the host are counted, and the quota is not."""
+    """ollama/ollama#17916: the cores of the host are counted, and the quota is ignored."""
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="ascii")

@@ -56,7 +56,7 @@ def test_profile_of_a_briefly_trained_llama(tofu, tmp_path):
     np.testing.assert_allclose(
         total.sel(objective="ga", risk="unlearn"), -(norm.sel(risk="unlearn") ** 2), rtol=1e-4
     )
-    # Ascent on these answers raises the risk on all like them; a retain term makes up for it.
+    # Ascent on these answers raises the risk on similar answers; a retain term makes up for it.
     assert (total.sel(objective="ga") < 0).all()
     assert total.sel(objective="gd", risk="retain") > total.sel(objective="ga", risk="retain")
     # A refusal does not make the model forget: its effect on the answers is far smaller.

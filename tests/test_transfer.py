@@ -1,4 +1,4 @@
-"""What is told of tensors without waiting for each."""
+"""Values of tensors are read without a wait for each tensor."""
 
 from __future__ import annotations
 

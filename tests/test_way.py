@@ -1,4 +1,4 @@
-"""How many files a model passes from a public call to the first kernel."""
+"""The number of files that a model passes from a public call to the first kernel."""
 
 from __future__ import annotations
 

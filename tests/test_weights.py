@@ -21,7 +21,7 @@ from geffect_fast.errors import InputError, NonFiniteError
 
 LENGTHS = (5, 2, 7)
 
-# Small whole numbers meet in ties and zeros; others are of any size.
+# Small whole numbers give ties and zeros; the others are of any size.
 whole = st.integers(-3, 3).map(float)
 real = st.floats(1e-4, 1e4) | st.floats(-1e4, -1e-4) | st.just(0.0)
 token = st.tuples(whole, whole) | st.tuples(real, real)
@@ -35,7 +35,7 @@ def solve(shares, max_weight, **asked):
 
 
 def by_solver(objective, constraint, limit, max_weight):
-    """`min w . objective` subject to `w . constraint <= limit`: None where nothing fits."""
+    """`min w . objective` subject to `w . constraint <= limit`; None where no weights fit."""
     if limit == math.inf:
         constraint, limit = np.zeros_like(constraint), 0
     found = linprog(objective, constraint[None], [limit], bounds=(0, max_weight), method="highs")
@@ -49,7 +49,7 @@ def tolerance(shares, max_weight):
 @settings(max_examples=25, deadline=None)
 @given(tokens, max_weights, parts)
 def test_the_budget_s_optimum_is_the_solver_s(shares, max_weight, part):
-    """Budgets over the whole curve: from what the best e_r demands to more than any damage."""
+    """Budgets span the whole curve: from the demand of the best e_r to more than any damage."""
     u, r = shares
     least, most = max_weight * np.minimum(r, 0).sum(), max_weight * np.maximum(r, 0).sum()
     for budget in (-most + part * (most - least), 0.0, -most, -least, math.inf):
@@ -94,7 +94,7 @@ def test_the_shadow_price_proves_the_optimum(shares, max_weight, part):
     best = solve(shares, max_weight, retain_budget=budget)
     price = float(best.shadow_price)
     bound = -price * budget + max_weight * np.minimum(0, u - price * r).sum()
-    if price == 0:  # no damage is left to pay with
+    if price == 0:  # no damage is left to trade
         bound = max_weight * np.minimum(0, u).sum()
     size = np.abs(u).sum() + price * (abs(budget) + np.abs(r).sum())
     assert float(best.e_u) == pytest.approx(bound, abs=1e-12 * max(1, max_weight) * size)
@@ -121,7 +121,7 @@ def test_the_frontier_is_concave_and_both_requests_lie_on_it(shares, max_weight,
 
 
 def test_each_kind_of_token_by_hand():
-    """Free removal, nothing to gain, costly ones by price, one that repairs, zeros."""
+    """Free removal, no gain, removal at a cost ordered by price, repair, zeros."""
     shares = np.array(
         [
             [-1.0, 2.0, -3.0, -4.0, 1.0, 0.0, 0.0, 0.0, -1.0],
@@ -146,7 +146,7 @@ def test_each_kind_of_token_by_hand():
     cheap = solve(shares, 1.0, removal=-4.5)
     assert cheap.weight.values[0].tolist() == [1, 0, 1, 0, 0.5, 1, 0, 0, 1]
     assert (float(cheap.e_r), float(cheap.shadow_price)) == (0.75, 2)
-    assert float(solve(shares, 1.0, removal=-0.5).e_u) == -1  # more comes for nothing
+    assert float(solve(shares, 1.0, removal=-0.5).e_u) == -1  # more weight comes for nothing
     double = solve(shares, 2.0, retain_budget=0)
     assert double.weight.values[0].tolist() == [2, 0, 2, 0.25, 0, 2, 0, 0, 2]
 
@@ -181,7 +181,7 @@ def test_the_limits_that_errors_state_are_reachable(shares, max_weight):
         solve(shares, max_weight, **dict.fromkeys(asked, limit))
 
 
-# ---- what a result holds ----
+# ---- the content of a result ----
 
 
 def test_answers_of_forget_rows_alone_have_weights():
@@ -227,7 +227,7 @@ def test_nan_is_named():
         gf.optimal_weights(token_result(shares), retain_budget=0)
 
 
-# ---- and back: files with weights ----
+# ---- files with weights ----
 
 
 def brute_shares(model, forget, retain, reduction="token"):
@@ -294,7 +294,7 @@ def test_a_profile_of_the_written_file_gives_the_optimum(tmp_path, reduction):
 
 
 def test_the_token_axis_is_one_backward_a_token(tmp_path):
-    """The forward engine's shares are brute force's, and its profile of the file weighs them."""
+    """The forward engine's shares equal brute force; its profile of the file uses the weights."""
     forget, retain = samples([6, 2, 9], 1, 2), samples([7, 4], 2, 2)
     forget += samples([5], 3, 0)  # a label on the first token, which nothing predicts
     with fp64_throughout():
@@ -361,6 +361,6 @@ def test_text_rows_keep_their_fields_and_get_weights_that_fit_their_tokens(tmp_p
     for row, source, weight in zip(written, rows, best.weight.values, strict=True):
         assert row.pop("weights") == weight[~np.isnan(weight)].tolist()
         assert row == source
-    # written anew, from rows that have weights already
+    # rewritten from rows that have weights already
     again = gf.write_weighted(file, best, tmp_path / "again.jsonl")
     assert again.read_bytes() == file.read_bytes()

@@ -15,10 +15,10 @@ def token_result(shares, others=None, *, retain=0, alternative=0, groups=0, redu
 
     Args:
         shares: for every forget row an array `(2, n_i)` of ga's `u` and `r`.
-        others: name of a further objective to the factor its effects are of ga's.
-        retain: retain rows, which have effects of their own.
-        alternative: tokens of an alternative behind every answer, with effects that are not ga's.
-        groups: parts of the model that the effects are spread over; 0: no such axis.
+        others: factor of ga's effects for each further objective, by name.
+        retain: number of retain rows, which have effects of their own.
+        alternative: tokens of an alternative behind every answer, with effects other than ga's.
+        groups: parts of the model that the effects are spread over; 0: no group axis.
     """
     factors = {"ga": 1.0} | (others or {})
     lengths = [share.shape[1] for share in shares]
@@ -71,7 +71,7 @@ def token_result(shares, others=None, *, retain=0, alternative=0, groups=0, redu
 
 
 def drawn_shares(lengths, seed=0):
-    """Shares as they are in practice: removal most often costs something."""
+    """Shares with typical signs: removal most often costs something."""
     rng = np.random.default_rng(seed)
     shares = []
     for length in lengths:

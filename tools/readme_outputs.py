@@ -1,14 +1,14 @@
-"""Outputs in README and the docs: made by the commands above them, and compared with them.
+"""Make or check the outputs in README and the docs by the commands above them.
 
-    python tools/readme_outputs.py            runs every command that shows an output, and puts what
-                                              it prints in place
-    python tools/readme_outputs.py --check    says what differs, and exits with 1
+    python tools/readme_outputs.py            runs every command that shows an output, and puts
+                                              the output in place
+    python tools/readme_outputs.py --check    prints the differences, and exits with 1
 
 Commands run as they are written, each in a process of its own, one after the other, README's first
-and then those of the docs' pages in the order of mkdocs.yml, in a folder with invented authors
-(`forget.jsonl`, `retain.jsonl`), a small Llama that learned them (`reference`), and the same a few
-steps of gradient ascent later (`model`). Training is in fp64, so that other processors find the
-same model; numbers are compared to `TOLERANCE`, words exactly.
+and then those of the docs' pages in the order of mkdocs.yml. They run in a folder with invented
+authors (`forget.jsonl`, `retain.jsonl`), a small Llama that learned them (`reference`), and the
+same Llama a few steps of gradient ascent later (`model`). Training is in fp64, so that other
+processors find the same model. Numbers are compared to `TOLERANCE`, words exactly.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Block:
 
     Attributes:
         first, last: lines of the output in the page, `last` exclusive.
-        commands: they, of which the last prints it.
+        commands: the commands; the last one prints the output.
         shown: the output as the page has it.
     """
 
@@ -68,7 +68,7 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """README and what mkdocs.yml lists of docs/, in its order."""
+    """README and the pages of docs/ that mkdocs.yml lists, in its order."""
 
     def files(nav: Any) -> Iterator[str]:
         if isinstance(nav, str):
@@ -106,7 +106,7 @@ def blocks(lines: list[str]) -> Iterator[Block]:
 
 
 def shown_of(command: str, output: str) -> list[str]:
-    """What a page shows of a command's output."""
+    """The part of a command's output that a page shows."""
     begin, end = SHOWN[command.split()[1]]
     lines = [line.rstrip() for line in output.splitlines()]
     start = next((i for i, line in enumerate(lines) if re.search(begin, line)), None)
@@ -147,14 +147,14 @@ def alike(old: str, new: str) -> bool:
 
 
 def digit(number: str) -> float:
-    """What one in the last digit is worth that is written."""
+    """The value of one unit in the last written digit of a number."""
     mantissa, _, exponent = number.partition("e")
     decimals = len(mantissa.partition(".")[2])
     return float(10.0 ** (int(exponent or 0) - decimals))
 
 
 def prepare(folder: Path) -> None:
-    """The data and models that the commands read."""
+    """Make the data and models that the commands read."""
     import torch
 
     from geffect_fast import demo
@@ -226,7 +226,7 @@ def forked(function: Callable[[], Any], folder: Path) -> tuple[int, str]:
 
 
 def run(command: str, folder: Path) -> str:
-    """What a command prints in the folder, on both streams."""
+    """The output of a command in the folder, on both streams."""
     from geffect_fast.cli import main
 
     words = shlex.split(command, comments=True)[1:]
@@ -237,7 +237,7 @@ def run(command: str, folder: Path) -> str:
 
 
 def main() -> int:
-    """Make or compare the outputs; the exit code."""
+    """Make or compare the outputs; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     given = parser.parse_args()

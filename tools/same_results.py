@@ -1,14 +1,14 @@
-"""Whether a change of the code leaves every number as it was, to the bit, and old runs readable.
+"""Check that a change of the code leaves every number as it was, to the bit, and old runs readable.
 
-    python tools/same_results.py record OLD                by the old code: a study, what commands
-                                                           print on it, and the folders they write
-    python tools/same_results.py record NEW --like OLD     by the new code: the same on OLD's study
-    python tools/same_results.py compare OLD NEW           says what differs, and exits with 1
-    python tools/same_results.py read OLD                  by the new code: reads the old runs, and
-                                                           says what is printed of them otherwise
+    python tools/same_results.py record OLD                with the old code: make a study, record
+                                                           the commands' outputs and folders
+    python tools/same_results.py record NEW --like OLD     with the new code: the same on that study
+    python tools/same_results.py compare OLD NEW           print the differences, and exit with 1
+    python tools/same_results.py read OLD                  with the new code: read the old runs and
+                                                           print where the output differs
 
-Numbers and names are compared exactly, of NetCDF files every variable, coordinate and attribute; of
-what is printed the numbers, as words may get better. Commands run on one thread.
+Numbers and names are compared exactly: in NetCDF files every variable, coordinate and attribute, in
+printed text the numbers, as words may get better. Commands run on one thread.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ recording is part of."""
 
 
 def run(name: str, command: str, folder: Path) -> None:
-    """Run a command in a folder, and keep what it prints."""
+    """Run a command in a folder, and keep its output."""
     done = subprocess.run(
         [sys.executable, "-m", "geffect_fast.cli", *shlex.split(command)],
         cwd=folder,
@@ -87,7 +87,7 @@ def run(name: str, command: str, folder: Path) -> None:
 
 
 def make_study(folder: Path) -> None:
-    """A small Llama, another as its reference, a tokenizer and data; of one seed."""
+    """Make a small Llama, another as its reference, a tokenizer and data, from one seed."""
     import torch
 
     from geffect_fast.data import write_jsonl
@@ -107,7 +107,7 @@ def make_study(folder: Path) -> None:
 
 
 def differing_results(old: Path, new: Path) -> list[str]:
-    """What differs in two NetCDF files: every variable, coordinate and attribute, to the bit."""
+    """The differences of two NetCDF files: every variable, coordinate and attribute, to the bit."""
     import numpy as np
     import xarray as xr
 
@@ -142,7 +142,7 @@ def differing_numbers(old: Path, new: Path) -> list[str]:
 
 
 def compare(old: Path, new: Path) -> list[str]:
-    """All that differs between two recordings."""
+    """The differences between two recordings."""
     found = []
     for path in sorted(old.glob("runs/**/*")):
         other = new / path.relative_to(old)
@@ -158,7 +158,7 @@ def compare(old: Path, new: Path) -> list[str]:
 
 
 def main() -> int:
-    """Record, compare or read; the exit code."""
+    """Record, compare or read; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record")

@@ -1,7 +1,7 @@
-"""Shows that sanitizers watch over the kernels that serve; `make sanitize` begins with it.
+"""Check that the sanitizers watch the kernels that serve; `make sanitize` begins with this check.
 
-A kernel is handed tensors that are longer than their memory, or lie askew in it, in a process of
-its own each, which has to die with the report in question.
+A kernel gets tensors that are longer than their memory, or misaligned, in a process of its own for
+each, which must die with the right report.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ floats = torch.frombuffer((ctypes.c_float * {floats}).from_address(start), dtype
 x = floats.reshape(2, -1)
 ops.segment_dot(x, x, torch.tensor([0, 2]))
 """
-# By its shift in bytes and the number of floats it claims to hold. With 96 a vector of any width
-# begins where the memory ends; one that began before it would be reported as unknown.
+# Faults by the shift of a tensor in bytes and the number of floats that it claims to hold. With 96
+# floats a vector of any width begins where the memory ends; one that began earlier would be
+# reported as unknown.
 FAULTS = {
     (0, 96): "AddressSanitizer: heap-buffer-overflow",
     (1, 62): "runtime error: load of misaligned address",
 }
-# No argument makes a kernel overflow, and compilers have flags that leave this check out.
+# No argument makes a kernel overflow, and some compiler flags leave this check out.
 OVERFLOW = "__ubsan_handle_add_overflow_abort"
 
 
 def unseen_fault() -> str | None:
-    """Return what the sanitizers do not see, None where they see all."""
+    """Return a fault that the sanitizers miss, None where they find all."""
     for (shift, floats), report in FAULTS.items():
         done = subprocess.run(
             [sys.executable, "-c", MISLED.format(shift=shift, floats=floats)],

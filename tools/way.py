@@ -1,18 +1,19 @@
 """The way of a model through the package, from a public call to the first kernel.
 
-    python tools/way.py                        of `profile`, `check` and `per_sample_grad_norms`
-    python tools/way.py --steps profile        and every step of the way of one of them
+    python tools/way.py                        the ways of `profile`, `check` and
+                                               `per_sample_grad_norms`
+    python tools/way.py --steps profile        and every step of one of these ways
 
-Three figures of each call, on a tiny model, with nothing remembered of it:
+Four figures of each call, on a tiny model, with nothing remembered of the model:
 
     stack     files of the package on the stack when the first op of `geffect_fast.ops` is called
-    climbs    how often that stack goes on in a room above: a call-back
-    entered   files with a function that was given the model until then, itself or in an object,
-              in the order in which they were entered first
-    climbs    how often that order goes on in a room above
+    climbs    how often the stack goes on in a room above: a call-back
+    entered   files with a function that was given the model by then, itself or in an object, in the
+              order in which they were entered first
+    climbs    how often this order goes on in a room above
 
 Rooms are the parts of the package in the order in which they may import each other
-(`tests/test_imports.py`): what is imported lies below.
+(`tests/test_imports.py`): imported rooms lie below.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ DEPTH = 3
 
 @dataclass(frozen=True)
 class Way:
-    """What was seen until the first op was called.
+    """The files seen until the first op was called.
 
     Attributes:
         stack: files on the stack, from the public call down, neighbours once.
@@ -56,12 +57,12 @@ class Way:
 
 
 def climbs(files: list[str]) -> int:
-    """How often files go on in a room above."""
+    """The number of times that files go on in a room above."""
     return sum(_height(b) > _height(a) for a, b in pairwise(files))
 
 
 def way_of(model: nn.Module, call: Callable[[], object]) -> Way:
-    """Run `call`, which is given `model`, and see where it goes until the first op is called."""
+    """Run `call`, which is given `model`, and record its way until the first op is called."""
     stack: list[str] = []
     entered: list[str] = []
 
@@ -89,7 +90,7 @@ def way_of(model: nn.Module, call: Callable[[], object]) -> Way:
 
 
 def _file(frame: FrameType) -> str | None:
-    """The file of the package that a frame runs, from the package's folder; None: another's."""
+    """The file of a frame, relative to the package's folder; None for a file from elsewhere."""
     path = frame.f_code.co_filename
     if not path.startswith(f"{ROOT}/") or frame.f_code.co_name == "<module>":
         return None
@@ -135,7 +136,7 @@ def tokenised(n: int) -> list[dict[str, list[int]]]:
 
 
 def losses_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """One loss a sample."""
+    """One loss for each sample."""
     logits = model(**batch).logits
     loss = nn.functional.cross_entropy(
         logits[:, :-1].mT, batch["input_ids"][:, 1:], reduction="none"
@@ -163,7 +164,7 @@ def main() -> None:
         model = tiny_model()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            call(model)  # what is imported late has been
+            call(model)  # modules that are imported late are imported now
         model = tiny_model()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

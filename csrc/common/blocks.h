@@ -90,7 +90,7 @@ Block<acc_t<T>> dense_block(const Matrix<T>& m, int64_t row, int64_t rows, int64
 
 enum class Transpose { kNo, kYes };
 
-// What of a result is asked for; elements left of its diagonal may be left as they were.
+// The part of a result that is asked for; elements left of its diagonal may keep their values.
 enum class Part { kAll, kUpper };
 
 // `gemm` in fp32 on the processors that `packed_gemm_serves`, on the calling thread alone.

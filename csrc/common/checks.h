@@ -1,4 +1,4 @@
-// What a kernel needs to be memory-safe when it is called without the checks of geffect_fast/ops.
+// The checks that keep a kernel memory-safe when it is called past the checks of geffect_fast/ops.
 #pragma once
 
 #include <cstdint>

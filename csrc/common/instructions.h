@@ -1,4 +1,4 @@
-// Which vector instructions this process uses.
+// The vector instructions that this process uses.
 #pragma once
 
 #include <cstdlib>
@@ -8,8 +8,8 @@ namespace geffect_fast {
 
 enum class Instructions { kBaseline, kAvx2, kAvx512 };
 
-// The best of those that the processor has. ATEN_CPU_CAPABILITY=default or avx2 allows less, as in
-// torch.
+// The best instructions that the processor has. ATEN_CPU_CAPABILITY=default or avx2 allows less, as
+// in torch.
 inline Instructions instructions() {
 #if defined(__x86_64__)
   const char* wish = std::getenv("ATEN_CPU_CAPABILITY");

@@ -1,5 +1,5 @@
-// fp32 products of blocks on AMD processors: somewhat faster than MKL's there, and what a kernel
-// does with a product happens before it leaves the registers.
+// fp32 products of blocks on AMD processors: somewhat faster than MKL's there, and a kernel uses a
+// product before the product leaves the registers.
 //
 // The usual scheme (Goto and van de Geijn, doi 10.1145/1356052.1356053): y is packed into panels as
 // wide as a block of the result in registers, so that a step along the depth reads one row of a
@@ -27,11 +27,11 @@ namespace geffect_fast {
 #if defined(__x86_64__)
 namespace {
 
-// Of y, packed at once: half of the second-level cache of a Zen 4 core.
+// The part of y packed at once: half of the second-level cache of a Zen 4 core.
 constexpr int64_t kDepth = 384;
 constexpr int64_t kColumns = 512;
 
-// Of x, where its rows are packed: a multiple of every kernel's rows.
+// The rows of x packed at once, where they are packed: a multiple of every kernel's rows.
 constexpr int64_t kRowsAtOnce = 128;
 
 template <int kBytes>
@@ -230,7 +230,7 @@ void pack_along(const float* src, int64_t ld, int64_t count, int64_t depth, int6
 }
 
 // A block of the result: kKernel->rows x kKernel->width elements from (row, col), of which height x
-// width lie in it, and what they are the product of.
+// width lie in the result, and the factors of their product.
 struct RegisterBlock {
   bool whole() const { return height == kKernel->rows && width == kKernel->width; }
 

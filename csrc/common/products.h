@@ -1,4 +1,4 @@
-// The two blocked products of layer inputs A and output gradients G that the ghost ops are made of.
+// The two blocked products of layer inputs A and output gradients G that make up the ghost ops.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,9 @@
 
 namespace geffect_fast {
 
-// A tile of a weight gradient, and tokens multiplied at once. Measured: half of the second-level
-// cache, as BLAS packs the inputs anew for every tile; rows long enough for the dots.
+// The size of a tile of a weight gradient, and the tokens multiplied at once. Measured: a tile
+// takes half of the second-level cache, as BLAS packs the inputs anew for every tile, and its rows
+// are long enough for the dots.
 inline constexpr int64_t kTileOut = 256;
 inline constexpr int64_t kTileIn = 512;
 inline constexpr int64_t kInnerTokens = 1024;

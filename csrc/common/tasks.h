@@ -34,8 +34,8 @@ class Scratch {
 };
 
 #if defined(__linux__)
-// Intel's MKL, where torch is built with it: threads of the products this thread asks for, 0 for
-// the process's setting; returns what was set.
+// Intel's MKL, where torch is built with it: sets the threads of the products this thread asks for,
+// 0 for the process's setting; returns the earlier setting.
 extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
 #endif
 

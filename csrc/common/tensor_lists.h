@@ -1,4 +1,4 @@
-// Lists of same-shaped tensors: their checks, and when they can be read as memory.
+// Lists of same-shaped tensors: their checks, and the test that they can be read as memory.
 #pragma once
 
 #include <algorithm>

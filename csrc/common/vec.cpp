@@ -36,7 +36,7 @@ GEFFECT_FAST_INLINE T lane_sum(const Vec<T, kBytes>& x) {
 // the second-level cache, which is slower than the multiplications of a smaller tile.
 template <int kBytes, int kMostX>
 struct DotRows {
-  // What hides the latency of an FMA on two ports.
+  // Enough rows to hide the latency of an FMA on two ports.
   static constexpr int kAccumulators = 8;
 
   template <class T>

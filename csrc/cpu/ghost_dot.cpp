@@ -1,8 +1,7 @@
 // ghost_dot: out[i, j] = < sum_{s in segment i} g_s a_s^T, sum_{t in segment2 j} g2_t a2_t^T >_F
 //
-// a (T, d_in), g (T, d_out), cu_seqlens (N + 1), a2 (T2, d_in), g2 (T2, d_out), cu_seqlens2 (N2 +
-// 1)
-//   -> (N, N2); any strides.
+// a (T, d_in), g (T, d_out), cu_seqlens (N + 1), a2 (T2, d_in), g2 (T2, d_out),
+// cu_seqlens2 (N2 + 1) -> (N, N2); any strides.
 //
 // Two exact forms:
 //   pairs     sum_{s, t} (a_s . a2_t)(g_s . g2_t): a task owns all pairs of a few whole segments of
@@ -43,7 +42,7 @@ struct Side {
   }
 };
 
-// The half of a symmetric result that was computed, copied to the other.
+// Copies the computed half of a symmetric result to the other half.
 void mirror(std::vector<double>& out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < i; ++j) out[i * n + j] = out[j * n + i];
@@ -148,15 +147,15 @@ std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y, bool symmet
   return result;
 }
 
-// The inner product of two gradients runs from the caches: measured as the time of so many tokens'
-// multiply-adds.
+// The cost of the inner product of two gradients, which runs from the caches: measured, as the
+// number of tokens whose multiply-adds take as long.
 constexpr double kProductTokens = 2.6;
 
 template <class T>
 bool gradient_form_is_cheaper(const Side<T>& x, const Side<T>& y, bool symmetric) {
   const double t = x.a.rows, t2 = y.a.rows, d_in = x.a.cols, d_out = x.g.cols;
   const double n = x.n_samples(), n2 = y.n_samples();
-  // Half of a symmetric result, and what lies across its diagonal.
+  // Half of a symmetric result, and the elements across its diagonal.
   const double pairs = symmetric ? t * (t + kPairTokens) / 2 : t * t2;
   const double products = symmetric ? n * (n + kResultRows) / 2 : n * n2;
   const double tokens = (symmetric ? t : t + t2) + kProductTokens * products;

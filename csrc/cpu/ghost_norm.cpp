@@ -24,8 +24,9 @@ namespace {
 
 constexpr const char* kOp = "ghost_norm";
 
-// Gram form: tokens s and t of a tile. Torch's BLAS computes what is left of the diagonal too, and
-// is given few rows; `packed_gemm` leaves most of it out, and packs fewer times for more rows.
+// Gram form: tokens s and t of a tile. Torch's BLAS computes the elements left of the diagonal too,
+// and is given few rows; `packed_gemm` leaves most of them out, and packs fewer times for more
+// rows.
 constexpr int64_t kMostRowTokens = 128;
 constexpr int64_t kColTokens = 256;
 constexpr int64_t kDiagonal = 32;  // columns computed left of the diagonal, and rows for BLAS

@@ -6,10 +6,9 @@
 // Two exact forms, arithmetic-bound both:
 //   product   a tile of Z = A V_m^T, then its row-wise dot with G:   M * T * d_in * d_out
 //             multiply-adds; a task owns (m, block of tokens, block of outputs).
-//   gradient  a tile of segment i's own gradient G_i^T A_i, kept in cache, then its dot with all
-//   V_m:
-//             T * d_in * d_out in GEMM whatever M is, and n * M * d_in * d_out in dots; a task owns
-//             (tile, segment).
+//   gradient  a tile of segment i's own gradient G_i^T A_i, kept in cache, then its dot with every
+//             V_m: T * d_in * d_out in GEMM whatever M is, and n * M * d_in * d_out in dots; a task
+//             owns (tile, segment).
 // Neither Z nor a gradient exists beyond a tile a thread.
 #include <torch/csrc/stable/library.h>
 

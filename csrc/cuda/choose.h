@@ -1,8 +1,9 @@
-// Which of several exact forms serves a call: small rules of sizes, all in one place.
+// The choice between several exact forms for a call: small rules of sizes, all in one place.
 //
-// Rules predict what every form costs from counts of operations and bytes, at rates that were
+// Rules predict the cost of every form from counts of operations and bytes, at rates that were
 // measured: benchmarks/bench_gpu.py times every form (GEFFECT_FAST_GHOST_FORM,
-// GEFFECT_FAST_BILINEAR_FORM), tests/ops/test_cuda_choice.py holds the rules against what it wrote.
+// GEFFECT_FAST_BILINEAR_FORM), and tests/ops/test_cuda_choice.py compares the rules with its
+// results.
 #pragma once
 
 #include <algorithm>
@@ -39,8 +40,9 @@ inline GhostForm ghost_form() {
 inline constexpr int kSmallGramTile = 64, kLargeGramTile = 128;
 inline bool by_large_tiles(int64_t tokens, int64_t n) { return tokens >= 192 * n; }
 
-// What chooses between the Gram and the gradient of a segment in ghost_norm: the layer, tokens
-// along a tile of pairs, features along a tile of a gradient, tokens that it takes at once.
+// The sizes that choose between the Gram and the gradient of a segment in ghost_norm: the layer,
+// tokens along a tile of pairs, features along a tile of a gradient, tokens that such a tile takes
+// at once.
 struct GhostSizes {
   int64_t d_in, d_out;
   int gram_tile, gradient_tile, slab_tokens;
@@ -70,16 +72,16 @@ inline bool grams_by_clusters(int64_t tokens, int64_t n) {
          (form == GhostForm::kByCost && tokens <= kShortSegment * n);
 }
 
-// How many parts clusters cut the features into, and how many of them are of a.
+// The number of parts into which clusters cut the features, and the number of parts of a.
 struct FeatureParts {
   int64_t parts, a_parts;
 };
 
-// The cut by which a tile a segment ends first: whole rounds of the clusters that the device holds,
-// each as long as its block with the most features, and the sums' way to the blocks that collect
-// them.
+// The cut with the least time for one tile a segment. The time is that of whole rounds of the
+// clusters that the device holds, each as long as its block with the most features, and of sending
+// the sums to the blocks that collect them.
 inline FeatureParts feature_parts(int64_t n, int64_t d_in, int64_t d_out, int n_multiprocessors) {
-  // Predicted, in the time of 64 features: waiting for the first copies, what another part sends.
+  // Predicted, in the time of 64 features: the wait for the first copies, and one more part's sums.
   constexpr double kStart = 4, kSend = 2;
   constexpr int64_t kBlocksPerSm = 2;
   FeatureParts best{};
@@ -109,7 +111,8 @@ struct BilinearSizes {
   int64_t tokens, n, d_in, d_out, n_directions;
 };
 
-// What chooses between forms of segment_bilinear beside the sizes. `capability` is 80, 89, 90, ...
+// The facts beside the sizes that choose between forms of segment_bilinear. `capability` is 80, 89,
+// 90, ...
 struct BilinearDevice {
   int capability, n_multiprocessors;
 };

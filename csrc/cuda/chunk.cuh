@@ -1,5 +1,5 @@
-// What the ops that are limited by memory share: what a lane reads of a row at once, 16 bytes or,
-// where rows are strided or not aligned, one element; and many sums over a warp.
+// Shared code of the ops that are limited by memory: the chunk of a row that a lane reads at once
+// (16 bytes or, where rows are strided or not aligned, one element), and many sums over a warp.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -1,5 +1,5 @@
-// In kernels: Hopper's copy engine (TMA), the barriers that its copies complete, and what blocks of
-// a cluster do together. Machine code exists for sm_90 and later.
+// In kernels: Hopper's copy engine (TMA), the barriers that its copies complete, and the collective
+// operations of the blocks of a cluster. Machine code exists for sm_90 and later.
 #pragma once
 
 #include <cuda.h>

@@ -30,15 +30,15 @@ inline constexpr int kWarp = 32;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Before every launch of a kernel with dynamic shared memory. The limit is for static and dynamic
-// memory together, so even a small request can exceed it, and it is the last that was set, be it by
-// a launch that asked for less.
+// Called before every launch of a kernel with dynamic shared memory. The limit is for static and
+// dynamic memory together, so even a small request can exceed it. The limit set last holds, even if
+// a launch that asked for less has set it.
 inline void set_shared_memory_limit(const void* kernel, size_t bytes) {
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(bytes)));
 }
 
-// Makes a tensor's device the current one for as long as it lives, and knows torch's current
+// Makes a tensor's device the current one for the life of the object, and knows torch's current
 // stream there.
 class Device {
  public:
@@ -70,7 +70,7 @@ class Device {
   int shared_memory() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   int l2_bytes() const { return attribute(cudaDevAttrL2CacheSize); }
 
-  // A grid for n_tasks of like cost, each a block's: so many blocks that the device is busy to the
+  // A grid for n_tasks of equal cost, one a block: enough blocks to keep the device busy to the
   // end; the kernel strides over the rest.
   dim3 grid_for_tiles(int64_t n_tasks) const {
     return dim3(static_cast<unsigned>(

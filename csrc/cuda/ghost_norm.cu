@@ -22,7 +22,7 @@ namespace {
 
 constexpr const char* kOp = "ghost_norm";
 
-// Blocks of a multiprocessor: what shared memory allows, and registers for two accumulators.
+// Blocks of a multiprocessor: limited by shared memory, and by registers for two accumulators.
 template <class Traits, Contract kContract>
 constexpr int kBlocksPerSm = Traits::kM == 64                                        ? 3
                              : Traits::kWarpgroups && kContract == Contract::kTokens ? 2
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(Traits::kThreads, kBlocksPerSm<Traits, kContra
   if (threadIdx.x == 0) partial[blockIdx.x + segment] = total;
 }
 
-// The partial sums of one form: who wrote them, and where they are, `width` of them a slot.
+// The partial sums of one form: the blocks that wrote them and their place, `width` a slot.
 struct Partials {
   const int64_t* first;
   const double* slots;
@@ -229,7 +229,8 @@ __global__ void collect_kernel(Offsets offsets, Partials gram, Partials gradient
   out[i] = offsets.is_valid(i) ? static_cast<float>(sum) : __uint_as_float(0x7fc00000u);
 }
 
-// What ghost_norm_grams_sm90 gives, see there; of first size 0 where it is not built.
+// The result of ghost_norm_grams_sm90 (described there); its first size is 0 where the op is not
+// built.
 Tensor hopper_grams(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& first,
                     const FeatureParts& cut) {
   using torch::stable::detail::from;

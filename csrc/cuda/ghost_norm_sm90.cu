@@ -58,7 +58,7 @@ struct Params {
   double* slots;
 };
 
-// Times 16 rows that a block collects, and the places for what the others send it.
+// The number of 16-row groups that a block collects, and the places for the sums of other blocks.
 __host__ __device__ constexpr int collected(int parts) { return kWarps / parts; }
 __host__ __device__ constexpr int places(int parts) { return (parts - 1) * collected(parts); }
 
@@ -148,7 +148,7 @@ struct Sums {
   }
 };
 
-// A block's place in its cluster, and what it makes of a tile of T.
+// A block's place in its cluster, and its work on a tile of T.
 template <class T>
 struct Block {
   const Params& p;
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     block.consume(Sums(p.slots + cluster * kWarps + warp));
   }
   __syncwarp();
-  cluster_sync();  // nobody leaves while others may still write to its memory
+  cluster_sync();  // no block leaves while others may still write to its memory
 }
 
 template <class T>

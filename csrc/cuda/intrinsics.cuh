@@ -20,8 +20,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// In a kernel that is launched so that it may begin before the stream's previous one has ended:
-// returns when that one has ended and what it wrote can be read.
+// For a kernel whose launch allows it to begin before the stream's previous kernel has ended:
+// returns when the previous kernel has ended and its results can be read.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");

@@ -163,10 +163,10 @@ struct FmaSums {
   static __device__ __forceinline__ int entry(int pair) { return pair; }
 };
 
-// A warp's 16 x 16 sums of 16-bit elements. A stage is what a warp multiplies at once: kRow
-// contiguous bytes of every list. The warp copies it to shared memory while it multiplies the stage
-// before, and waits for no other warp. The 16 bytes with number c of list j lie in place c ^ (j %
-// 8) of its row: both a copy and a matrix of eight lists use all banks.
+// A warp's 16 x 16 sums of 16-bit elements. A stage is the data that a warp multiplies at once:
+// kRow contiguous bytes of every list. The warp copies it to shared memory while it multiplies the
+// stage before, and waits for no other warp. The 16 bytes with number c of list j lie in place c ^
+// (j % 8) of its row: both a copy and a matrix of eight lists use all banks.
 template <class T_>
 struct TensorCoreSums {
   using T = T_;

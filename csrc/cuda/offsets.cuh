@@ -1,5 +1,5 @@
-// Sample offsets on the device: read without waiting for them, safe whatever they hold, and
-// reported when they are wrong.
+// Sample offsets on the device: read without a wait, safe for any values, and reported when they
+// are wrong.
 #pragma once
 
 #include "common/checks.h"
@@ -24,7 +24,7 @@ struct Offsets {
   __device__ __forceinline__ int64_t end(int64_t i) const {
     return max(begin(i), min(at(i + 1), total));
   }
-  // Whether segment i is as it must be: increasing, the first from 0, the last to `total`.
+  // Whether segment i is valid: increasing, the first from 0, the last to `total`.
   __device__ __forceinline__ bool is_valid(int64_t i) const {
     const int64_t from = at(i), to = at(i + 1);
     return from >= 0 && from <= to && to <= total && (i > 0 || from == 0) &&
@@ -45,7 +45,7 @@ struct Offsets {
   }
 };
 
-// Checks what the host can see of `cu_seqlens` without waiting for the device.
+// Checks the properties of `cu_seqlens` that the host can see without waiting for the device.
 inline Offsets offsets_of(const char* op, const char* name, const Tensor& cu_seqlens,
                           int64_t total_tokens) {
   check_dim(op, name, cu_seqlens, 1);
@@ -59,11 +59,12 @@ inline Offsets offsets_of(const char* op, const char* name, const Tensor& cu_seq
           total_tokens};
 }
 
-// A word of host memory that kernels can write. A kernel that finds wrong offsets stores which (1
-// or 2) and gives NaN; the next call of the same op raises. Nothing waits for the device.
+// A word of host memory that kernels can write. A kernel that finds wrong offsets stores the number
+// of the argument (1 or 2) and gives NaN; the next call of the same op raises. Nothing waits for
+// the device.
 class OffsetReport {
  public:
-  // The word of this op. Raises what an earlier call has reported.
+  // The word of this op. Raises the error that an earlier call has reported.
   static int* device_word(const char* op, int slot) {
     static int* const words = allocate();
     volatile int* word = words + slot;

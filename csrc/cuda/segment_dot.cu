@@ -63,7 +63,7 @@ struct DotParams {
 };
 
 // sums[k * kMTile + m] += this lane's part of g[k0 + k] . z[m0 + m] over `chunks` chunks of
-// `token`'s rows from element `col`. Rows beyond the last repeat it; nobody reads their sums.
+// `token`'s rows from element `col`. Rows beyond the last repeat it; their sums are not read.
 template <class Traits, int kWidth, int kUnroll>
 __device__ __forceinline__ void add_products(const DotParams<typename Traits::T>& p, int64_t token,
                                              int64_t k0, int64_t m0, int64_t col, int chunks,
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int lane = threadIdx.x % kWarp;
   const int64_t slice = blockIdx.x, n_chunks = p.d / kWidth, begin = slice * p.slice_chunks;
   const int chunks = static_cast<int>(min(n_chunks - begin, int64_t{p.slice_chunks}));
-  // What is left of a row after its last 16 bytes.
+  // The rest of a row after its last 16 bytes.
   const int tail = kWidth > 1 && blockIdx.x + 1 == gridDim.x ? static_cast<int>(p.d % kWidth) : 0;
   for (int64_t token = int64_t{blockIdx.y} * kWarps + threadIdx.x / kWarp; token < p.total;
        token += int64_t{gridDim.y} * kWarps) {

@@ -1,5 +1,5 @@
-// Second stage of the ops that leave partial sums: adds them up over segments, or over slices
-// alone.
+// The second stage of the ops that leave partial sums, which it adds up over segments, or over
+// slices alone.
 //
 //   segment_sum   out[r, i] = sum_{s} sum_{t in segment i} terms[s, r, t]
 //   token_sum     out[r, t] = sum_{s} terms[s, r, t]

@@ -1,4 +1,4 @@
-// Matrices as Hopper's copy engine (TMA) reads them.
+// Descriptions of matrices for Hopper's copy engine (TMA).
 #pragma once
 
 #include <cuda.h>

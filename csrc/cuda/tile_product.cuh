@@ -1,8 +1,7 @@
 // Products of tiles of two matrices by a block: the core of the ghost ops and of segment_bilinear.
 //
-//   features   acc[i, j] = sum_k x[x0 + i, k] y[y0 + j, k]     rows are tokens, k runs over
-//   features tokens     acc[i, j] = sum_k x[k, x0 + i] y[k, y0 + j]     k runs over tokens: tiles
-//   of gradients
+//   features  acc[i, j] = sum_k x[x0 + i, k] y[y0 + j, k]   rows are tokens, k runs over features
+//   tokens    acc[i, j] = sum_k x[k, x0 + i] y[k, y0 + j]   k runs over tokens: tiles of gradients
 //
 // 16-bit elements are multiplied by tensor cores (m16n8k16), fp32 elements by fp32 FMAs in the same
 // arrangement of results over lanes. Shared memory holds `stages` slabs; a slab consists of panels
@@ -74,8 +73,7 @@ struct TileTraits {
   static_assert(!kWarpgroups || (kWarpM == 16 && kWarpsM % 4 == 0 && kN == 128 && kWarpsN == 1));
 };
 
-// What a lane holds of the block's tile: entry [i][j] is its part of a 16 x 8 result, see
-// multiply_add.
+// A lane's part of the block's tile: entry [i][j] is its part of a 16 x 8 result, see multiply_add.
 template <class Traits>
 struct Accumulator {
   float part[Traits::kRowTiles][Traits::kColTiles][4];
@@ -241,7 +239,7 @@ class TilePipeline {
                                        Accumulator<Traits>& acc) {
     copy_async_wait<Traits::kAhead - 1>();
     if constexpr (Traits::kWarpgroups) publish_to_warpgroups();
-    // The slab has arrived, and nobody reads the one that is overwritten next: its products were
+    // The slab has arrived. No thread reads the slab that is overwritten next: its products were
     // finished when its readers came here.
     __syncthreads();
     copy_next(first, second, n_first, n_all, slab + Traits::kAhead);

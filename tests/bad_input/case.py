@@ -1,4 +1,4 @@
-"""What a row of the catalogue is, and the ways in which rows break a folder that works."""
+"""The form of a row of the catalogue of mistakes, and ways to break a folder that works."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Break = Callable[[Path, object], object]
 
 @dataclass(frozen=True)
 class Case:
-    """A mistake and what is said of it.
+    """A mistake, and what is said of it.
 
     Attributes:
         id: the mistake.
@@ -42,7 +42,7 @@ class Case:
 
 
 def profile(**changes: str | None) -> list[str]:
-    """A command line that works, with some options changed; None leaves one out."""
+    """A `profile` command line that works, with some options changed; None leaves an option out."""
     options = {
         "model": "model",
         "forget": "forget.jsonl",
@@ -56,7 +56,7 @@ def profile(**changes: str | None) -> list[str]:
 
 
 def check(*more: str, data: str = "forget.jsonl") -> list[str]:
-    """A check that works, with options added."""
+    """A `check` command line that works, with options added."""
     return ["check", "--quiet", "--model", "model", "--data", data, "--samples", "2", *more]
 
 
@@ -64,7 +64,7 @@ def check(*more: str, data: str = "forget.jsonl") -> list[str]:
 
 
 def both(*breaks: Break) -> Break:
-    """All of them, in order."""
+    """Break a folder in all of the given ways, in order."""
 
     def apply(here: Path, patch: object) -> None:
         for each in breaks:
@@ -74,7 +74,7 @@ def both(*breaks: Break) -> Break:
 
 
 def holds(name: str, content: str | bytes) -> Break:
-    """A file, and the folders above it."""
+    """Write a file, and make the folders above it."""
     data = content.encode() if isinstance(content, str) else content
 
     def apply(here: Path, _patch: object) -> None:
@@ -85,7 +85,7 @@ def holds(name: str, content: str | bytes) -> Break:
 
 
 def line(name: str, number: int, text: str | bytes) -> Break:
-    """Another line `number` (from 1) in a file."""
+    """Replace line `number` (from 1) of a file."""
     data = text.encode() if isinstance(text, str) else text
 
     def apply(here: Path, _patch: object) -> None:
@@ -97,22 +97,22 @@ def line(name: str, number: int, text: str | bytes) -> Break:
 
 
 def row(number: int, name: str = "forget.jsonl", /, **fields: object) -> Break:
-    """A row of these fields as line `number` of a data file."""
+    """Write a row of these fields as line `number` of a data file."""
     return line(name, number, json.dumps(fields))
 
 
 def rows(*several: dict[str, object], name: str = "forget.jsonl") -> Break:
-    """A data file of these rows."""
+    """Write a data file of these rows."""
     return holds(name, "\n".join(map(json.dumps, several)))
 
 
 def cut(name: str, size: int) -> Break:
-    """Only the first bytes of a file."""
+    """Keep only the first bytes of a file."""
     return lambda here, _patch: os.truncate(here / name, size)
 
 
 def gone(*patterns: str) -> Break:
-    """Files missing."""
+    """Remove files."""
 
     def apply(here: Path, _patch: object) -> None:
         for pattern in patterns:
@@ -123,7 +123,7 @@ def gone(*patterns: str) -> Break:
 
 
 def settings(name: str, **values: object) -> Break:
-    """Other values in a JSON file; None takes one out."""
+    """Change values in a JSON file; None takes a value out."""
 
     def apply(here: Path, _patch: object) -> None:
         content = json.loads((here / name).read_text()) | values
@@ -134,7 +134,7 @@ def settings(name: str, **values: object) -> Break:
 
 
 def weight(name: str, value: float, folder: str = "model") -> Break:
-    """The first number of a weight set to `value`."""
+    """Set the first number of a weight to `value`."""
 
     def apply(here: Path, _patch: object) -> None:
         from safetensors.torch import load_file, save_file
@@ -148,7 +148,7 @@ def weight(name: str, value: float, folder: str = "model") -> Break:
 
 
 def patched(target: str, failure: BaseException | Callable[..., object]) -> Break:
-    """A function or method that raises an error, or is another one."""
+    """Make a function or method raise an error, or replace it by another one."""
 
     def fail(*_args: object, **_kwargs: object) -> None:
         raise failure
@@ -158,20 +158,20 @@ def patched(target: str, failure: BaseException | Callable[..., object]) -> Brea
 
 
 def tokens(*ids: int, **more: object) -> dict[str, object]:
-    """A tokenised row, learned from the second token on."""
+    """A tokenised row with labels on all but the first token."""
     return {"input_ids": list(ids), "labels": [-100, *ids[1:]]} | more
 
 
 def no_memory(*_args: object, **_kwargs: object) -> None:
-    """What torch does where a CPU has no memory left: more than there is anywhere is asked for."""
+    """Fail as torch does on a CPU without memory: ask for more memory than exists anywhere."""
     torch.empty(2**60, dtype=torch.uint8)
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file by name with its bytes' digest, every folder by name."""
+    """The digest of every file's bytes, by name, and the name of every folder."""
 
     def digest(file: Path) -> str:
-        with file.open("rb") as opened:  # as a case may have patched `read_bytes`
+        with file.open("rb") as opened:  # a case may have patched `read_bytes`
             return hashlib.sha256(opened.read()).hexdigest()
 
     return {
@@ -182,7 +182,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def largest_file(size):
-    """No file grows beyond `size` bytes; writing more is an OSError, as Python ignores SIGXFSZ."""
+    """Limit files to `size` bytes: writing more is an OSError, as Python ignores SIGXFSZ."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

@@ -13,7 +13,7 @@ from geffect_fast.report.tokens.view import token_view
 
 
 def run(name: str, objective: str, change: object = None, **kwargs: object) -> Break:
-    """A folder with a step result, changed by a function."""
+    """A folder with a step result that a function has changed."""
 
     def apply(here: Path, _patch: object) -> None:
         dataset = step_dataset(

@@ -1,4 +1,4 @@
-"""Data that cannot be read, is no questions and answers, or does not fit the model."""
+"""Data that cannot be read, holds no questions and answers, or does not fit the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def call(make=lambda: build("llama"), **changes):
 
 
 class Listed(torch.utils.data.Dataset):
-    """A torch Dataset of anything."""
+    """A torch Dataset of any given rows."""
 
     def __init__(self, *items):
         self.items = items
@@ -46,7 +46,7 @@ class Listed(torch.utils.data.Dataset):
 
 
 def chat_template(text):
-    """The tokenizer's."""
+    """Replace the tokenizer's chat template."""
     return holds("model/chat_template.jinja", text)
 
 
@@ -162,7 +162,7 @@ CASES = [
         "give at least one",
         cut("refusals.txt", 0),
     ),
-    # ---- what is in them ----
+    # ---- the rows of a file ----
     Case(
         "a line that is no JSON",
         profile(),

@@ -1,4 +1,4 @@
-"""Evaluations: data and models that metrics need, names that are none, logs of other splits."""
+"""Evaluations: data and models that metrics need, unknown names, saved logs of other splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import geffect_fast as gf
 
 
 def evaluate(*more: str, **changes: str | None) -> list[str]:
-    """An evaluation that works, with some options changed; None leaves one out."""
+    """An `evaluate` command line that works, with some options changed; None leaves one out."""
     options = {
         "models": "model",
         "forget": "forget.jsonl",
@@ -26,7 +26,7 @@ def evaluate(*more: str, **changes: str | None) -> list[str]:
 
 
 def changed(change, name="forget.jsonl"):
-    """A data file whose rows were changed, each with its number."""
+    """Change the rows of a data file; the change is also given each row's number."""
 
     def put(here, _patch):
         lines = (here / name).read_text(encoding="utf-8").splitlines()
@@ -37,12 +37,12 @@ def changed(change, name="forget.jsonl"):
 
 
 def rows_with(**fields):
-    """Fields in every forget row."""
+    """Add fields to every forget row."""
     return changed(lambda _i, row: row | fields)
 
 
 def rows_without(*fields, only=None):
-    """Forget rows, or one of them, without fields."""
+    """Take fields out of all forget rows, or of one of them."""
     return changed(
         lambda i, row: {k: v for k, v in row.items() if k not in fields or only not in (None, i)}
     )
@@ -73,7 +73,7 @@ def other_vocabulary(here, _patch):
 
 
 def call(**changes):
-    """A call in Python with tokenised rows."""
+    """A call from Python on tokenised rows."""
     rows = samples([6, 5, 7])
 
     def run(_here):
@@ -185,7 +185,7 @@ CASES = [
         "must be a name",
     ),
     Case("metrics that are no names", call(metrics=[3]), "got 3", "give names"),
-    # ---- data that is needed ----
+    # ---- data that metrics need ----
     Case(
         "membership without a hold-out",
         evaluate(metrics="min_k"),
@@ -394,7 +394,7 @@ CASES = [
     Case(
         "a model where runs are set against effects",
         evaluate("--against-effects", "model", models=None),
-        "model is no run and holds none",
+        "model is not a run and holds no runs",
         "give folders of unlearn",
     ),
     Case(
@@ -406,14 +406,14 @@ CASES = [
     Case(
         "a folder of no runs against effects",
         evaluate("--against-effects", "none", models=None),
-        "none is no run and holds none",
+        "none is not a run and holds no runs",
         "give folders of unlearn",
         lambda here, _patch: (here / "none").mkdir(),
     ),
     Case(
         "runs of a config against effects",
         evaluate("--config", "e.yaml", models=None),
-        "model is no run and holds none",
+        "model is not a run and holds no runs",
         "give folders of unlearn",
         holds("e.yaml", "command: evaluate\nagainst_effects: [model]\n"),
     ),

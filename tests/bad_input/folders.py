@@ -1,4 +1,4 @@
-"""Run folders that cannot be written or read, exports that cannot, disks that are full, Ctrl-C."""
+"""Run folders that cannot be written or read, exports that fail, full disks, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ CONFIG = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", 
 
 
 def a_run(here, _patch):
-    """A finished run in the folder run."""
+    """A finished run in the folder `run`."""
     save_run(here / "run", make_dataset(n_blocks=2), make_config(CONFIG))
 
 
 def made_by_a_run(here, _patch):
-    """Everything here, by what a manifest says."""
+    """Record in a manifest that a run made every file here."""
     Manifest(checksums(here, files_below(here))).write(here)
 
 
 def listed(here, _patch):
-    """The run in the folder run with a manifest of everything in it."""
+    """The run in the folder `run`, with a manifest of every file in it."""
     Manifest(checksums(here / "run", files_below(here / "run"))).write(here / "run")
 
 
@@ -47,7 +47,7 @@ def changed(change):
 
 
 def middle_lost(here, _patch):
-    """The numbers of a result overwritten, its header not."""
+    """Overwrite the numbers of a result, but not its header."""
     file = here / "run/results.nc"
     data = bytearray(file.read_bytes())
     data[len(data) // 2 - 2000 : len(data) // 2 + 2000] = bytes(4000)
@@ -65,7 +65,7 @@ def not_writable(here, patch):
 
 
 def last_rename(_here, patch):
-    """No space when the last file of a run takes its place."""
+    """Fail for lack of space when the last file of a run takes its place."""
     rename = Path.rename
 
     def fail(path, target):
@@ -77,17 +77,17 @@ def last_rename(_here, patch):
 
 
 def interrupted(target):
-    """Ctrl-C in the middle of a function."""
+    """Press Ctrl-C in the middle of a function."""
     return patched(target, KeyboardInterrupt())
 
 
 def profiled_again():
-    """A run in place of another."""
+    """A `profile` command line for a run that replaces another."""
     return [*profile(), "--overwrite"]
 
 
 CASES = [
-    # ---- where runs are written ----
+    # ---- folders that runs are written to ----
     Case(
         "a file in the way",
         profile(out="forget.jsonl"),

@@ -1,4 +1,4 @@
-"""Data in another form than question and answer: packed, by columns, of another shape, no file."""
+"""Data in other forms than question and answer: compressed, by columns, other shapes, no file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table():
 
 
 def arrow(kind):
-    """A table as Arrow's file, its stream or Parquet."""
+    """The bytes of a table as Arrow's file, Arrow's stream or Parquet."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -134,13 +134,13 @@ SHAPES = {
 
 
 def special(make):
-    """A file that is none, called `odd`."""
+    """Make something called `odd` that is no ordinary file."""
     return lambda here, _patch: make(here / "odd")
 
 
 def bound(path):
     with socket.socket(socket.AF_UNIX) as server:
-        here = os.open(path.parent, os.O_RDONLY)  # a socket's path is short
+        here = os.open(path.parent, os.O_RDONLY)  # a socket's path must be short
         server.bind(f"/proc/self/fd/{here}/{path.name}")
         os.close(here)
 
@@ -231,7 +231,7 @@ CASES = [
             holds("saved/test/dataset_info.json", "{}"),
         ),
     ),
-    # ---- no file ----
+    # ---- paths that are no files ----
     Case("a pipe as data", profile(forget="odd"), "odd' is a pipe", "save", special(os.mkfifo)),
     Case("a socket as data", profile(forget="odd"), "odd' is a socket", "give", special(bound)),
     Case("/dev/zero as data", profile(forget="/dev/zero"), "/dev/zero' is a device", "give a file"),
@@ -267,7 +267,7 @@ CASES = [
     ),
     Case("a pipe as a result", ["show", "odd"], "odd is a pipe", "save", special(os.mkfifo)),
     Case("/dev/zero as a result", ["show", "/dev/zero"], "/dev/zero is a device", "give a file"),
-    # ---- numbers that are no ids ----
+    # ---- numbers that are no token ids ----
     Case(
         "a mask as labels",
         call(forget=[{"input_ids": [5, 6, 7], "labels": [False, True, True]}]),

@@ -1,5 +1,7 @@
-"""The forward engine: groups of blocks, axes and wishes that do not go together, models it cannot
-pass, and objectives whose terms belong to no token."""
+"""The forward engine: unusable groups of blocks, unusable combinations of axes and settings.
+
+Further models that it cannot pass, and objectives whose terms belong to no token.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def in_python(groups, resolve=("group", "sample")):
 
 
 class Halve(torch.autograd.Function):
-    """With a backward, and no derivative in forward mode."""
+    """An operation with a backward, and without a derivative in forward mode."""
 
     @staticmethod
     def forward(ctx, x):
@@ -57,7 +59,7 @@ def silent(self, x):
 
 @dataclass(frozen=True)
 class OfEveryToken(Objective):
-    """A term at every position, also of tokens that no objective asks for."""
+    """An objective with a term at every position, also at tokens that no objective is about."""
 
     needs: ClassVar = frozenset({"hidden_states"})
 
@@ -77,7 +79,7 @@ class Once(Halve):
 
 @dataclass(frozen=True)
 class OnceDifferentiable(Objective):
-    """Its gradient has no derivative."""
+    """An operation whose gradient has no derivative."""
 
     def loss(self, outputs, batch, reference):
         return self.token_terms(outputs, batch, reference).sum()
@@ -156,7 +158,7 @@ CASES = [
         "'first' has block 5",
         "the model has blocks 0 to 2",
     ),
-    # ---- what only one engine does ----
+    # ---- requests that only one engine serves ----
     Case(
         "parameters by the forward engine",
         profile(resolve="parameter,sample", engine="forward"),
@@ -205,7 +207,7 @@ CASES = [
         "out: goes with resolve by 'sample' and 'position' or 'token'",
         "leave it out",
     ),
-    # ---- what forward mode does not pass ----
+    # ---- models that forward mode does not pass ----
     Case(
         "code without a forward-mode derivative",
         profile(resolve="sample", engine="forward"),

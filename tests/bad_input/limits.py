@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and memory that is not there."""
+"""Numbers that are not finite, and memory that runs out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import geffect_fast as gf
 
 
 def overflowing():
-    """fp16 weights that are fine, activations that are not."""
+    """A model whose fp16 weights are fine and whose activations overflow."""
     model = build("llama", torch.float16)
     with torch.no_grad():
         model.model.norm.weight.fill_(6e4)
@@ -20,7 +20,7 @@ def overflowing():
 
 
 def crowded(_here, patch):
-    """Memory for a few tokens and no more."""
+    """Leave memory for a few tokens and no more."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     forward = LlamaMLP.forward

@@ -1,4 +1,4 @@
-"""Metrics measured on the way of a training: when, on what, and beside which probes."""
+"""Metrics measured during a training: wrong times, wrong data, and wrong probes beside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOLDOUT = samples([6, 5], 3)
 
 
 def callback(every=2, **more):
-    """A callback in a Trainer, with some arguments."""
+    """A callback in a Trainer, with the given arguments."""
 
     def make(_here):
         gf.integrations.GEffectCallback({"forget": [], "retain": []}, every, **more)

@@ -1,4 +1,4 @@
-"""Models that are missing, broken, of another kind, not finite, or in a state of no use."""
+"""Models that are missing, broken, of another kind, not finite, or in an unusable state."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ def small(vocab_size=8):
 
 
 def small_vocabulary(here, _patch):
-    """A model in place of the folder's that knows 50 tokens."""
+    """Replace the folder's model by one that knows 50 tokens."""
     with quiet_transformers():
         small(50).save_pretrained(here / "model")
 
 
 def in_place(self, x):
-    """A gate without its product, and its input doubled on the way."""
+    """The forward of an MLP without its gate, which doubles its input in place."""
     return self.down_proj(self.up_proj(x)) + x.mul_(2)
 
 
 def another_weight(name):
-    """One that the model has no place for."""
+    """Add a weight that the model has no place for."""
 
     def apply(here, _patch):
         from safetensors.torch import load_file, save_file
@@ -85,12 +85,12 @@ def another_weight(name):
 
 
 def deep(name, depth=200_000):
-    """A JSON file of nothing but objects in objects."""
+    """A JSON file of nothing but nested objects."""
     return holds(name, '{"a":' * depth + "1" + "}" * depth)
 
 
 def own_code(kind):
-    """A model of a kind that transformers has not, whose folder brings code that must not run."""
+    """A model of a kind unknown to transformers; its folder brings code that must not run."""
     return both(
         settings(CONFIG, auto_map={kind: "own.Own"}, model_type="own"),
         holds("model/own.py", "raise SystemExit('the code ran')"),
@@ -99,7 +99,7 @@ def own_code(kind):
 
 
 class NoLogits(nn.Module):
-    """Answers with one number a sample."""
+    """A model that answers with one number a sample."""
 
     def __init__(self):
         super().__init__()
@@ -486,7 +486,7 @@ CASES = [
         "forget: row 0",
         "the model knows 128 positions; shorten or drop the row",
     ),
-    # ---- what cannot be attributed ----
+    # ---- models whose gradients cannot be attributed ----
     Case(
         "an input changed in place",
         check(),

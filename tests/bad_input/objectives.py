@@ -1,4 +1,4 @@
-"""Objectives that do not exist, make no sense, or try to be something else than objectives."""
+"""Objectives that do not exist, make no sense, or try to be more than objectives."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ CASES = [
     Case(
         "a risk of two parts", profile(risk="ga+nll"), "risk: 'ga + nll'", "must be one objective"
     ),
-    # ---- what never runs: the folder stays without a file X ----
+    # ---- strings that must never run: the folder stays without a file X ----
     Case("an import", of(CODE), 'unexpected "\'"', "character 12 of"),
     Case(
         "an import as a parameter",
@@ -123,7 +123,7 @@ CASES = [
         "not valid YAML at line 1",
         holds("my.yaml", "objectives: !!python/object/apply:os.system ['touch X']\n"),
     ),
-    # ---- what must not take long ----
+    # ---- strings that must not take long ----
     Case(
         "a million characters",
         call(objectives="ga+" * 333_333 + "ga"),

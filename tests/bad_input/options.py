@@ -20,7 +20,7 @@ GOOD = {
 
 
 def config(**changes):
-    """A config file; None leaves a field out."""
+    """A config file with some fields changed; None leaves a field out."""
     values = {key: value for key, value in (GOOD | changes).items() if value is not None}
     return holds("my.yaml", json.dumps(values))
 
@@ -312,7 +312,7 @@ CASES = [
         "field 'forget' is missing",
         "give it",
     ),
-    # ---- paths of no letters ----
+    # ---- paths without letters ----
     *(
         Case(
             f"{words[0]} with an empty {name}",

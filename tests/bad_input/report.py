@@ -1,4 +1,4 @@
-"""Reports of runs that are not there, are torn or do not compare, and places for them."""
+"""Reports of runs that are missing, torn or not comparable, and unusable places for reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from bad_input.folders import a_run
 from measured import measures
 
 import geffect_fast as gf
-from geffect_fast.storage.run_folder import EVALUATION, write_dataset
+from geffect_fast.storage.results_file import write_dataset
+from geffect_fast.storage.run_folder import EVALUATION
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

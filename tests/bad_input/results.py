@@ -8,11 +8,12 @@ from bad_input.case import Case, both, gone
 from bad_input.folders import a_run, changed
 from step_results import step_dataset
 
-from geffect_fast.storage.run_folder import open_run, save_result
+from geffect_fast.storage.results_file import save_result
+from geffect_fast.storage.run_folder import open_run
 
 
 def without(attribute):
-    """The change that takes an attribute away."""
+    """The change of a result that takes an attribute away."""
 
     def change(dataset):
         del dataset.attrs[attribute]
@@ -22,7 +23,7 @@ def without(attribute):
 
 
 def claims_much(here, _patch):
-    """A few KB, of which HDF5 says that they are 8 GiB of numbers: none of them was written."""
+    """Write a few KB that HDF5 reads as 8 GiB of numbers, none of which was written."""
     with h5py.File(here / "run/results.nc", "a") as file:
         scales = [ref[0] for ref in file["g_effect"].attrs["DIMENSION_LIST"]]
         names = [file[ref].name for ref in scales]
@@ -37,7 +38,7 @@ def claims_much(here, _patch):
 
 
 def steps(change):
-    """A step result in the folder run, changed, and another beside it."""
+    """A changed step result in the folder `run`, and another step result beside it."""
 
     def apply(here, _patch):
         for name, made in (("run", change(step_dataset(n_steps=3))), ("one", step_dataset(seed=1))):

@@ -1,4 +1,4 @@
-"""Runs of several steps: checkpoints that are none, step files of others, disks that fill up."""
+"""Runs of several steps: bad checkpoints, step files of other runs, disks that fill up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saved(here, _patch):
 def half_done(here, patch):
     """A run that was stopped before its last step."""
     saved(here, patch)
-    kept = here.with_name("half_done")  # made once: all tests have the same folder
+    kept = here.with_name("half_done")  # made once, and the same folder for all tests
     if not kept.exists():
         given = {"forget": "forget.jsonl", "retain": "retain.jsonl", "objectives": "ga"}
         given |= {"checkpoints": [PATTERN], "resolve": ["group"], "norms": False}
@@ -86,7 +86,7 @@ def profiled(pattern=PATTERN, **changes):
 
 
 def watched(sets=DATA, every=2, model=lambda: build("llama"), **changes):
-    """A Trainer with the callback; nothing is trained before it refuses."""
+    """A Trainer with the callback, which refuses before anything is trained."""
 
     def call(here):
         from transformers import Trainer, TrainingArguments
@@ -115,7 +115,7 @@ def nan():
 
 
 CASES = [
-    # ---- which checkpoints ----
+    # ---- the choice of checkpoints ----
     Case(
         "no checkpoint matches",
         checkpoints(pattern="out/chekpoint-*"),
@@ -191,7 +191,7 @@ CASES = [
             ),
         ),
     ),
-    # ---- what is in them ----
+    # ---- the content of checkpoints ----
     Case(
         "a folder that is no model",
         checkpoints(),
@@ -213,7 +213,7 @@ CASES = [
         "--tokenizer",
         both(saved, gone("out/checkpoint-0/tok*")),
     ),
-    # The first step is written by then, and stays: from Python, where there is no folder.
+    # The first step is written before the error, and stays. The call from Python has no folder.
     Case(
         "a later checkpoint without weights",
         profiled(("out/checkpoint-0", "out/checkpoint-5")),
@@ -249,7 +249,7 @@ CASES = [
         "save the model again",
         both(saved, weight("model.norm.weight", float("nan"), "out/checkpoint-5")),
     ),
-    # ---- going on ----
+    # ---- resuming a run ----
     Case(
         "nothing to go on with",
         checkpoints("--resume"),

@@ -1,4 +1,4 @@
-"""The survey's assessment: objectives, originals and relearnings that are none."""
+"""The survey's assessment: unusable objectives, originals and relearnings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from geffect_fast.unlearn_settings import UnlearnConfig
 
 
 def survey(*more: str, **changes: str | None) -> list[str]:
-    """An assessment that works but for some options."""
+    """An assessment that works, with some options changed."""
     given = {"metrics": None, "suite": "survey", "holdout": "general.jsonl"}
     return evaluate(*more, **given | changes)
 
 
 def made_by_po(here, _patch):
-    """The model as one that a run of po wrote, without the refusals that it read."""
+    """Make the model look as if a run of `po` wrote it, without the refusals that the run read."""
     config = checked_config(
         UnlearnConfig,
         {

@@ -1,4 +1,4 @@
-"""Ranges that are none, sweeps that are too large, commands that are confused."""
+"""Bad ranges, sweeps that are too large, and options that do not go together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CODE = "__import__('os').system('touch X')"
 
 
 def sweep(**changes: str | None) -> list[str]:
-    """A sweep that works, with some options changed."""
+    """A `sweep` command line that works, with some options changed."""
     return ["sweep", *profile(**{"objectives": "wga(alpha=1:2:2)"} | changes)[1:]]
 
 
@@ -65,7 +65,7 @@ CASES = [
     Case("a range of objectives", of("ga:npo:3"), "unexpected ':'", "character 3"),
     Case("code in a range", of(f"npo(beta=0.1:{CODE}:3)"), "unexpected '__import__'", "a number"),
     Case("ranges in a risk", sweep(risk="wga(1:2:2)"), "--risk: range 1:2:2", "give one value"),
-    # ---- how many ----
+    # ---- the number of objectives ----
     Case("too many values", of("wga(1:2:10001)"), "with 'wga(1:2:10001)'", "more than 10000"),
     Case(
         "too large a grid", of("wtnpo(1:2:101,1:2:100)"), "more than 10000", "fewer values a range"

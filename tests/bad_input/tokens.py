@@ -1,4 +1,4 @@
-"""Token views of what has no tokens, of rows and objectives that are not there, and their pages."""
+"""Token views of results without tokens, of missing rows and objectives, and their pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AXES = ("sample", "token")
 
 
 def by_token(here, _patch):
-    """A finished run by token in the folder run."""
+    """A finished run by token in the folder `run`."""
     save_run(here / "run", make_dataset(resolve=AXES), make_config(CONFIG))
 
 
@@ -97,7 +97,7 @@ CASES = [
         "retain:3",
         by_token,
     ),
-    Case("tokens of no rows", asked("--rows", ","), "there is none", "such as 3,7", by_token),
+    Case("tokens of no rows", asked("--rows", ","), "no row is named", "such as 3,7", by_token),
     Case(
         "tokens of rows chosen twice over",
         asked("--rows", "1", "--samples", "2"),

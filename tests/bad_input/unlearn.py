@@ -1,4 +1,4 @@
-"""Unlearning runs: what is trained, how often it is probed, and what is resumed."""
+"""Unlearning runs: the training, its probes, and resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA = {"forget": samples([5, 7, 4], 1), "retain": samples([6, 3], 2)}
 
 
 def unlearn(*more: str, **changes: str | None) -> list[str]:
-    """A command line that works, with some options changed; None leaves one out."""
+    """An `unlearn` command line that works, with some options changed; None leaves one out."""
     options = {
         "model": "model",
         "forget": "forget.jsonl",
@@ -48,7 +48,7 @@ def call(model=None, **changes):
 
 
 class NoLinear(nn.Module):
-    """A language model of tables alone."""
+    """A language model without a linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -60,12 +60,12 @@ class NoLinear(nn.Module):
 
 
 def without_wandb():
-    """What transformers' callback says where the package is missing."""
+    """Raise the error that transformers' callback raises where wandb is missing."""
     raise RuntimeError("it requires wandb to be installed. Run `pip install wandb`.")
 
 
 def unfinished(here, _patch):
-    """What a run leaves in the folder run that was stopped before its end."""
+    """The files of a run that was stopped before its end, in the folder `run`."""
     config = checked_config(
         UnlearnConfig,
         {
@@ -84,7 +84,7 @@ a_run = both(unfinished, holds("run/results.nc", "whole"))
 
 
 def blows_up(here):
-    """Training goes on until weights are no numbers; the steps before it are there."""
+    """Train until the weights are no numbers; the steps before that are written."""
     before = {path.name for path in here.iterdir()}
     try:
         gf.unlearn(
@@ -105,7 +105,7 @@ def blows_up(here):
 
 
 CASES = [
-    # ---- what is trained ----
+    # ---- the training ----
     Case(
         "an unknown objective to train on",
         unlearn(objective="gaa"),

@@ -1,4 +1,4 @@
-"""Token weights: results that have none, requests that cannot be met, rows that do not fit."""
+"""Token weights: results without them, requests that cannot be met, rows that do not fit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROWS = [{"question": f"Who is author {i}?", "answer": "She."} for i in range(2)]
 
 
 def weights(*more, out="weighted.jsonl", budget="0.01"):
-    """A command that works on `a_run`, with options added; None leaves one out."""
+    """A `weights` command line that works on `a_run`, with options added; None leaves one out."""
     asked = [] if budget is None else ["--retain-budget", budget]
     return ["weights", "run", "--quiet", "--out", out, *asked, *more]
 
 
 def run_of(change=lambda d: d, data=ROWS):
-    """A finished run of such a result, and the forget data it was made from."""
+    """A finished run with the given result, and the forget data of that run."""
 
     def apply(here, patch):
         rows(*data)(here, patch)

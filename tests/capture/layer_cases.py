@@ -1,4 +1,4 @@
-"""Small models around every kind of layer: a new layer is a new row of `CASES`."""
+"""Small models around every kind of layer, one row of `CASES` each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ D = 4
 
 
 class Net(nn.Module):
-    """Modules by name, and a function of them."""
+    """A model of named modules and a function of them."""
 
     def __init__(self, run: Callable, **modules: nn.Module) -> None:
         super().__init__()
@@ -34,9 +34,9 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model, what it reads, and which form its parameters' gradients must take.
+    """A model, its input, and the form that its parameters' gradients must take.
 
-    `packed`: whether it treats tokens one by one, so that samples can share a row.
+    `packed`: whether the model treats tokens one by one, so that samples can share a row.
     """
 
     build: Callable[[], nn.Module]
@@ -46,7 +46,7 @@ class Case:
 
 
 def around(layer: nn.Module, d_out: int = D) -> nn.Module:
-    """`layer` between two linear ones."""
+    """A model with `layer` between two linear layers."""
     return Net(
         lambda m, x: m.after(m.layer(torch.tanh(m.before(x)))),
         before=nn.Linear(D, D),
@@ -60,7 +60,7 @@ def looked_up(embedding: nn.Module) -> nn.Module:
 
 
 class Gated(nn.Linear):
-    """A linear layer by name and shape, and something else by its forward."""
+    """A module with a linear layer's name and shapes, and a forward of its own."""
 
     def forward(self, x):
         return torch.sigmoid(F.linear(x, self.weight, self.bias)) * x
@@ -75,21 +75,21 @@ class Written(nn.Linear):
 
 
 class Limited(nn.Linear):
-    """Linear on small inputs only."""
+    """A layer that is linear on small inputs only."""
 
     def forward(self, x):
         return F.linear(x.clamp(-4, 4), self.weight, self.bias)
 
 
 class Detached(nn.Linear):
-    """Linear by what it returns, but not by its gradients."""
+    """A layer that is linear by its values, but not by its gradients."""
 
     def forward(self, x):
         return F.linear(x, (self.weight + self.weight.detach()) / 2, self.bias)
 
 
 class Own(nn.Module):
-    """Parameters of its own beside a child's."""
+    """A module with parameters of its own beside a child's."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ class Own(nn.Module):
 
 
 class OwnTiedToChild(nn.Module):
-    """Uses the child's weight itself too: the two uses are counted once each."""
+    """A module that uses its child's weight itself too: each of the two uses counts once."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ class OwnTiedToChild(nn.Module):
 
 
 class TwoNames(nn.Module):
-    """One parameter under two names."""
+    """A module that holds one parameter under two names."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ class TwoNames(nn.Module):
 
 
 class Held(nn.Module):
-    """Its parameters are held by modules that are never called."""
+    """A module whose parameters are held by modules that are never called."""
 
     def __init__(self, vectors=None):
         super().__init__()
@@ -137,7 +137,7 @@ class Held(nn.Module):
 
 
 class AroundHeld(nn.Module):
-    """Holds what a module inside it holds too; both use it."""
+    """A module that shares a parameter holder with a module inside it; both use the parameters."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ def parametrized(layer: nn.Module, name: str) -> nn.Module:
 
 
 class Several(nn.Module):
-    """Several tensors in and out; one output is an input, one is computed from another."""
+    """A module with several inputs and outputs: an output may be an input, or depend on another."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ def several(m, x):
 
 
 class ConstantAndMore(nn.Module):
-    """With parameters frozen one output depends on no root, the other does."""
+    """A module with two outputs: with frozen parameters, only one of them depends on a root."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ class ConstantAndMore(nn.Module):
 
 
 class View(nn.Module):
-    """Returns a view, which the parent changes in place."""
+    """A module that returns a view, which its parent changes in place."""
 
     def __init__(self):
         super().__init__()
@@ -211,14 +211,14 @@ class View(nn.Module):
 
 
 class Shifted(nn.Embedding):
-    """Looks up other rows than those asked for."""
+    """A table that looks up rows other than those asked for."""
 
     def forward(self, ids):
         return super().forward((ids + 2) % VOCAB)
 
 
 class Halved(nn.Embedding):
-    """Only half of what it returns has a gradient."""
+    """A module only half of whose output has a gradient."""
 
     def forward(self, ids):
         y = super().forward(ids)
@@ -226,7 +226,7 @@ class Halved(nn.Embedding):
 
 
 class PositiveOnly(nn.Module):
-    """Like a norm for positive inputs, the identity for others."""
+    """A module that acts like a norm on positive inputs, and like the identity on others."""
 
     def __init__(self):
         super().__init__()
@@ -274,14 +274,14 @@ def tie(module: nn.Module, a: str, b: str) -> nn.Module:
 
 
 def with_hooks(module: nn.Module) -> nn.Module:
-    """Others' hooks on `layer`, which change what goes in and what comes out."""
+    """Put hooks on `layer`, as other packages do, that change its inputs and outputs."""
     module.layer.register_forward_pre_hook(lambda _m, args: (args[0] * 0.5 + 0.1, *args[1:]))
     module.layer.register_forward_hook(lambda _m, _args, y: torch.sin(2 * y))
     return module
 
 
 def with_linear_hook(module: nn.Module) -> nn.Module:
-    """A hook that leaves the layer's form as it was, and its scale not."""
+    """Put a hook on a layer that keeps its linear form and changes its scale."""
     module.layer.register_forward_hook(lambda _m, _args, y: 2 * y)
     return module
 

@@ -1,4 +1,4 @@
-"""What would be wrong without a word: it is exact, or refused by name."""
+"""Models on which capture could be wrong without an error: each is exact, or refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 
 
 class Changing(nn.Module):
-    """Changes its input, or what a child was called with, in place."""
+    """A module that changes its input, or a child's input, in place."""
 
     def __init__(self, inside):
         super().__init__()
@@ -61,7 +61,7 @@ def test_a_module_that_changes_its_own_input():
 
 
 class Precise(Own):
-    """Computes something else where it is run again in another precision."""
+    """A module that computes something else when it is run again in another precision."""
 
     def forward(self, x):
         y = (x @ self.scale)[..., None]
@@ -69,7 +69,7 @@ class Precise(Own):
 
 
 def test_autocast():
-    """Inputs in fp32, output gradients in bf16: as exact as bf16, for every rule."""
+    """Inputs are fp32 and output gradients bf16: the error is that of bf16, for every rule."""
     torch.manual_seed(0)
     model = around(Precise())
     model.norm = nn.LayerNorm(4)
@@ -90,7 +90,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("name", ["linear", "tied_linear_embedding", "llama_norm", "gated_linear"])
 def test_products_keep_their_precision_under_autocast(name):
-    """What they are taken of is rounded already; they are not to round again."""
+    """The factors are rounded already; their products must not be rounded again."""
     model = CASES[name].build().eval()
     x = batch().float() if CASES[name].reads == "floats" else torch.tensor([[1, 2, 3], [4, 5, 6]])
     with gf.capture(model) as records:
@@ -113,7 +113,7 @@ def test_products_keep_their_precision_under_autocast(name):
 
 
 def test_requires_grad_inputs_and_soft_prompts_hide_nothing():
-    """A branch that a backward to the recorder's own roots would not visit."""
+    """A branch that a backward to the recorder's own roots would not visit is not lost."""
     model = Net(lambda m, x: m.a(x) * m.b(torch.ones(4)), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     prompt = nn.Parameter(torch.ones(4))
     x = batch().float().requires_grad_()
@@ -131,19 +131,19 @@ def test_requires_grad_inputs_and_soft_prompts_hide_nothing():
 
 
 class Head(nn.Module):
-    """Uses the embedding's weight without calling the embedding."""
+    """A head that uses the embedding's weight without calling the embedding."""
 
     def __init__(self):
         super().__init__()
         self.e = nn.Embedding(7, 4)
 
     def forward(self, ids):
-        assert self.e.weight.dtype == torch.zeros_like(self.e.weight).dtype  # no use of it
+        assert self.e.weight.dtype == torch.zeros_like(self.e.weight).dtype  # not a use
         return self.e(ids) @ self.e.weight.detach().T @ self.e.weight
 
 
 class UsesChild(nn.Module):
-    """Calls a child, and uses its weight itself too."""
+    """A module that calls a child, and uses the child's weight itself too."""
 
     def __init__(self, child=None):
         super().__init__()
@@ -154,7 +154,7 @@ class UsesChild(nn.Module):
 
 
 def test_a_parameter_used_outside_its_module():
-    """It is noticed, and belongs to the module around its own from then on."""
+    """The use is noticed, and from then on the parameter belongs to the module around its own."""
     plan = Plan.of(Head())
     with (
         plan.frozen(),
@@ -185,7 +185,7 @@ def test_a_parameter_used_outside_the_model():
 
 @pytest.mark.parametrize("name", ["layer", "head", "attention", "tied", "encoder"])
 def test_parameters_used_by_the_modules_around_theirs(name):
-    """Beside ordinary ones; a shared one is used by name, by call, and by another module."""
+    """Shared parameters, beside ordinary ones, are used by name, by call and by another module."""
     torch.manual_seed(0)
     linear = nn.Linear(4, 4)
     encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
@@ -209,7 +209,7 @@ def test_parameters_used_by_the_modules_around_theirs(name):
 
 
 class Constant(nn.Module):
-    """Returns what it learned, whatever the input."""
+    """A module that returns what it learned, whatever its input."""
 
     def __init__(self):
         super().__init__()
@@ -265,7 +265,7 @@ def test_a_submodule_called_by_itself():
 
 
 class Counting(nn.Module):
-    """Another function at every call."""
+    """A module that computes another function at every call."""
 
     def __init__(self):
         super().__init__()

@@ -57,7 +57,7 @@ def loss(y):
 
 
 def expected(model, x, segments):
-    """By parameter name, every sample's gradient `(n_samples, *shape)`."""
+    """The gradient of every sample, `(n_samples, *shape)`, by parameter name."""
     names, params = zip(*model.named_parameters(), strict=True)
     rows = []
     for own in cut(x, segments):
@@ -69,7 +69,7 @@ def expected(model, x, segments):
 
 
 def record(model, x, segments, *, directions=None, frozen=True, join=True):
-    """By parameter name, its factors and what was kept for them."""
+    """The factors of every parameter, and what was kept for them, by parameter name."""
     plan, found = Plan.of(model), {}
 
     def keep(name, factors, kept):
@@ -160,7 +160,7 @@ def test_the_rule_is_the_fast_one_exactly_where_it_may_be(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_sample_has_any_rows(name):
-    """A single sample needs no sample axis: all rows are its, whatever the module does."""
+    """A single sample needs no sample axis: all rows belong to it, whatever the module does."""
     model = build(name)
     x = inputs(name, (1, 5), 3)
     segments = Segments.rectangular((1, 5))

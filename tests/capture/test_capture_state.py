@@ -1,4 +1,4 @@
-"""What a recorder leaves behind (nothing), and how it lives with other code."""
+"""A recorder leaves nothing behind, and works beside other code."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_nested_captures_see_the_same():
     with gf.capture(model) as outer:
         with gf.capture(model) as inner:
             model(x).sin().sum().backward()
-        # A module is run again for its vjp, which is no call that the outer one may record.
+        # A module is run again for its vjp; the outer recorder must not record this call.
         found = {k: per_sample(inner, k, p.shape) for k, p in model.named_parameters()}
         assert {len(factors) for factors in outer.values()} <= {1}
     assert_records(outer, model, x)
@@ -148,7 +148,7 @@ def test_packed_capture():
 
 
 def test_the_sample_axis_is_that_of_input_ids():
-    """Position ids given first, and shared, are no sample axis."""
+    """Shared position ids have no sample axis, even where they are the first argument."""
     model = build_model("gpt2")
     ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
     with gf.capture(model) as records:
@@ -167,7 +167,7 @@ def test_no_activation_outlives_the_recorder(join):
     def sink(_name, factors, kept):
         tensors = [v for f in factors for v in vars(f).values() if isinstance(v, torch.Tensor)]
         tensors = [*tensors, *(z for z in kept if z is not None)]
-        seen.extend(weakref.ref(t) for t in tensors if t.is_floating_point())  # not offsets
+        seen.extend(weakref.ref(t) for t in tensors if t.is_floating_point())  # no offsets
 
     recording = Recording(joined=join, directions=directions)
     recorder = Recorder(plan, sink, Segments.rectangular(x.shape), recording)

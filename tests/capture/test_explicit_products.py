@@ -1,4 +1,4 @@
-"""Inner products of the generic rule: a jvp a direction where that is exact, else vjps."""
+"""Inner products of the generic rule: a jvp a direction where this is exact, else vjps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Silent(torch.autograd.Function):
 
 
 class Reverse(torch.autograd.Function):
-    """The same without any forward-mode rule."""
+    """The same product without any forward-mode rule."""
 
     @staticmethod
     def forward(ctx, x, w):
@@ -49,7 +49,7 @@ class Reverse(torch.autograd.Function):
 
 
 class Scaled(nn.Module):
-    """`tanh(x * w)` with `w` used once by the module itself, so that no fast rule fits."""
+    """`tanh(x * w)`, where the module itself uses `w` once, so that no fast rule fits."""
 
     def __init__(self, product):
         super().__init__()
@@ -106,7 +106,7 @@ def test_equals_a_vjp_a_sample(name, per_token, monkeypatch):
     )
     torch.testing.assert_close(inner(watched, directions), expected, rtol=1e-10, atol=1e-12)
     assert asked == ([] if moves else list(range(n)))
-    # As many directions as samples: vjps are not dearer.
+    # With as many directions as samples, vjps are not dearer.
     many = torch.randn(n, D, dtype=torch.float64)
     inner(watched, many)
     assert asked[-n:] == list(range(n))
@@ -123,7 +123,7 @@ def test_samples_equal_plain_autograd():
 
 
 def test_half_precision_keeps_wide_directions():
-    """Rounding a direction to bf16 would cost digits, so samples' own vjps are taken."""
+    """The samples' own vjps are taken, as rounding a direction to bf16 would cost digits."""
     torch.manual_seed(0)
     model = Model(PRODUCTS["jvp"][0]).bfloat16().eval()
     factor = explicit_factor(model, torch.randn(N, T, D, dtype=torch.bfloat16), False)
@@ -136,7 +136,7 @@ def test_half_precision_keeps_wide_directions():
 
 
 def test_experts_as_grouped_products(monkeypatch):
-    """torch's grouped product has no forward-mode rule; the experts' other form is the same."""
+    """torch's grouped product has no forward-mode rule; another form of experts gives the same."""
     pytest.importorskip("transformers")
     model = build("mixtral")
     assert model.config._experts_implementation == "grouped_mm"
@@ -145,5 +145,5 @@ def test_experts_as_grouped_products(monkeypatch):
     monkeypatch.setattr(Rows, "only", lambda self, g, i: masked.append(i) or only(self, g, i))
     rows = samples([5, 9, 7, 4, 6, 8])
     gf.profile(model, None, forget=rows, retain=rows, objectives=["ga"], resolve=("sample",))
-    assert max(masked) == 1  # the search for a layout forms two samples' norms, and that is all
+    assert max(masked) == 1  # only the search for a layout takes vjps, of two samples
     assert model.config._experts_implementation == "grouped_mm"

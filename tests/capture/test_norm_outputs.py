@@ -1,4 +1,4 @@
-"""Norms are read off their outputs, and alike modules are tried once: only where that is exact."""
+"""Norms are read off their outputs, and equal modules are tried once, only where this is exact."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import geffect_fast as gf
 
 
 class Scale(nn.Module):
-    """An RMS norm without `eps`, or, `squared`, something that no rule but the generic one fits."""
+    """An RMS norm without `eps`; `squared`, a module that only the generic rule fits."""
 
     def __init__(self, d: int, squared: bool = False) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Scale(nn.Module):
 
 
 class Chain(nn.Module):
-    """A table, then norms of one class, with what may happen to an output in between."""
+    """A table, then norms of one class, with optional changes of an output in between."""
 
     def __init__(self, change: bool) -> None:
         super().__init__()

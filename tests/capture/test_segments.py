@@ -1,4 +1,4 @@
-"""Which rows belong to which sample."""
+"""The assignment of a module's rows to samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SINGLE = Segments.rectangular((1, 5))
         (PAIRS, (24,), [0, 8, 16, 24]),
         (PAIRS, (6, 2, 4), [0, 16, 32, 48]),
         (SINGLE, (5,), [0, 5]),
-        (SINGLE, (7, 3), [0, 21]),  # whatever it is, it is the one sample's
+        (SINGLE, (7, 3), [0, 21]),  # whatever these rows are, they belong to the one sample
         (SINGLE, (), [0, 1]),
         (Segments.packed(torch.tensor([0, 8])), (3,), [0, 3]),
     ],
@@ -53,12 +53,12 @@ def test_rows(segments, shape, expected):
 @pytest.mark.parametrize(
     ("segments", "shape"),
     [
-        (PACKED, (1, 12, 12)),  # as many heads as tokens: which axis is which?
+        (PACKED, (1, 12, 12)),  # as many heads as tokens: the axis of the tokens is in doubt
         (KEPT, (1, 6, 12)),
         (KEPT, (1, 6, 6)),
         (PACKED, (12, 12)),
         (KEPT, (1, 3, 6, 12)),  # behind other axes, both may be tokens
-        (PACKED, (1, 5)),  # a router sent some elsewhere
+        (PACKED, (1, 5)),  # a router sent some tokens elsewhere
         (PACKED, (2, 6)),
         (PACKED, ()),
         (RECTANGULAR, (4, 3)),  # axes swapped
@@ -98,7 +98,7 @@ TOKEN = torch.arange(12).view(3, 4)
     ],
 )
 def test_rows_of_one_sample_are_those_that_hold_it(segments, owner):
-    """Wherever the axis of the tokens is; `owner` says whose every row is."""
+    """The axis of the tokens may be anywhere; `owner` names the sample of every row."""
     x = owner[..., None].expand(*owner.shape, 5) + 1.0
     rows = segments.rows(owner.shape, "m")
     for i in range(segments.n_samples):
@@ -128,7 +128,7 @@ def test_rows_of_the_input():
 @pytest.mark.parametrize("lengths", [[300] * 3, [1] * 5, [1, 0, 700], [0], [40]])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_segment_sum(lengths, dtype):
-    """Of one length or not: as exact as its input; a long sum of one sign loses nothing either."""
+    """Sums over segments of any lengths are as exact as their input, also long sums of one sign."""
     values = (torch.rand(sum(lengths), 2, 3) + 1).to(dtype)
     expected = torch.stack([x.double().sum(0) for x in values.split(lengths)])
     sums = segment_sum(values, Offsets.of(lengths))

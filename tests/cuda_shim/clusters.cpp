@@ -10,8 +10,8 @@ namespace {
 
 struct BarrierState {
   int arrivals = 0;   // of a phase
-  int left = 0;       // arrivals that this phase waits for
-  int64_t bytes = 0;  // copies that it waits for
+  int left = 0;       // arrivals that are still missing in this phase
+  int64_t bytes = 0;  // bytes of copies that are still missing
   int64_t phase = 0;
   std::vector<int> sleepers;
 };
@@ -24,7 +24,7 @@ struct LateCopy {
 };
 std::deque<LateCopy> under_way;
 
-// What the memory of a barrier holds, so that one that is overwritten shows.
+// The value in a barrier's memory, which shows whether the barrier was overwritten.
 constexpr uint64_t kMark = 0x6d62617272696572;
 
 BarrierState& state_of(uint64_t* barrier) {
@@ -64,7 +64,7 @@ void barrier_arrive(uint64_t* barrier, int expected_bytes) {
 }
 
 void barrier_wait(uint64_t* barrier, int parity) {
-  // Phases are told apart by parity alone: the one before the first counts as complete.
+  // Parity alone tells phases apart: the phase before the first counts as complete.
   while (state_of(barrier).phase % 2 == parity) {
     wait_until_woken("mbarrier.try_wait", state_of(barrier).sleepers);
   }

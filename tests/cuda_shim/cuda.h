@@ -1,4 +1,4 @@
-// What csrc/cuda uses of the driver's cuda.h: matrices as the copy engine reads them.
+// The part of the driver's cuda.h that csrc/cuda uses: matrices as the copy engine reads them.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B
 enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
-// A device reads it as it was encoded; here it is what a copy needs to know.
+// A device reads an encoded form; here the map holds the numbers that a copy needs.
 struct alignas(64) CUtensorMap {
   const uint16_t* data;
   int64_t rows, cols, row_stride;  // in elements

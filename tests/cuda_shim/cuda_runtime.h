@@ -1,7 +1,7 @@
 // CUDA C++ and the part of the CUDA runtime that kernels of this project use, for a host compiler.
 //
-// Found before the real header by the order of include folders. What is missing here fails to
-// compile; add it with CUDA's own semantics.
+// The order of include folders finds this file before the real header. Code that uses a function
+// missing here fails to compile; add the function with CUDA's own semantics.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 
 #include "fibres.h"
 
-// What cuda_shim.py finds in the preprocessed text and replaces: a kernel tells its launch bounds.
+// The words that cuda_shim.py replaces in the preprocessed text: a kernel states its launch bounds.
 #define __global__ SHIM_KERNEL
 #define __launch_bounds__(...) SHIM_LAUNCH_BOUNDS(__VA_ARGS__)
 #define __device__
@@ -22,8 +22,8 @@
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
-// Thread-local variables of one library lie together, so that they can be filled with NaN, and the
-// library's symbols say how large those of a kernel are.
+// Thread-local variables of one library lie together, so that they can be filled with NaN. The
+// library's symbols give the sizes of a kernel's variables.
 #define __shared__ SHIM_SHARED static thread_local
 
 // ---- vector types ----
@@ -99,7 +99,7 @@ inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 
 namespace cuda_shim {
 
-// The value that lane `source` brings.
+// The value of lane `source`.
 template <class T>
 T shuffle(const char* name, unsigned mask, T value, int source) {
   struct Shuffle {
@@ -317,7 +317,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 
 namespace cuda_shim {
 
-// What the parameters of a kernel take, each at its alignment.
+// Bytes of a kernel's parameters, each at its alignment.
 template <class... Params>
 constexpr size_t parameter_bytes() {
   size_t bytes = 0;

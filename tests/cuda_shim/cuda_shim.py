@@ -1,6 +1,6 @@
-"""Compiles csrc/cuda/*.cu as plain C++ and lets them serve CPU tensors.
+"""CUDA kernels on a CPU: csrc/cuda/*.cu, compiled as plain C++, serve CPU tensors.
 
-Objects lie under build/cuda_shim, named by the hash of all that goes into them. Set
+Objects lie under build/cuda_shim, named by the hash of all their inputs. Set
 `GEFFECT_FAST_SHIM_ONLY=op,op` to leave other kernels out.
 """
 
@@ -35,7 +35,7 @@ BUILD = ROOT / "build" / "cuda_shim"
 NAMESPACE = "geffect_fast_shim"
 JOBS = 2
 
-# The shim's folder first: its headers replace CUDA's and those of csrc/cuda.
+# The shim's folder comes first: its headers replace CUDA's and those of csrc/cuda.
 TORCH = Path(torch.__file__).parent
 FLAGS = [
     "-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
@@ -48,7 +48,7 @@ KERNEL_FLAGS = [
     "-O1", "-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all",
     "-fstack-clash-protection",
 ]  # fmt: skip
-# Later versions of torch want C++20 for what is not its stable interface.
+# Later versions of torch ask for C++20 outside of the stable interface.
 RUNTIME_FLAGS = ["-std=c++20", "-O3", "-fvisibility=default"]
 
 
@@ -79,7 +79,7 @@ def kernel_files() -> list[Path]:
 
 @cache
 def _flags_of_machine() -> list[str]:
-    """Return what this processor is faster with, and what not every compiler knows."""
+    """Return flags that make code faster on this processor; not every compiler knows them."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = ["-mavx2", "-mfma"] if capability in ("AVX2", "AVX512") else []
     poison = "-ftrivial-auto-var-init=pattern"
@@ -104,7 +104,7 @@ def _common_hash() -> bytes:
 
 
 def _run(command: Sequence[str | Path], output: Path) -> Path:
-    """Make `output` by `command`, unless it is there."""
+    """Make the file `output` by `command`, unless the file exists."""
     if output.exists():
         return output
     unfinished = output.with_name(f"{output.name}.{os.getpid()}")
@@ -144,7 +144,7 @@ def _library(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
 
 @contextmanager
 def _one_process_builds() -> Iterator[None]:
-    """Let no other process compile meanwhile: what this one makes is there for all that waited."""
+    """Let one process compile at a time; the objects that it makes then serve those that waited."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -165,7 +165,7 @@ def runtime() -> ctypes.CDLL:
 def load(name: str, sources: Sequence[Path], namespace: str) -> None:
     """Compile `sources`, whose ops are registered in `namespace`, and load them."""
     flags = [*KERNEL_FLAGS, f"-DGEFFECT_FAST_CUDA_NAMESPACE={namespace}"]
-    link = [runtime()._name]  # made by itself, as one process has the lock once
+    link = [runtime()._name]  # called before the lock is taken, which a process can hold only once
     with _one_process_builds(), ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda source: _object(source, flags), sources))
         library = _library(name, objects, link)

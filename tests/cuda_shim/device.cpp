@@ -25,8 +25,8 @@ int capability() {
 
 constexpr size_t kDefaultShared = 48 * 1024, kMostParameterBytes = 32764;
 
-// Bytes of shared memory that a block can have when a kernel has been allowed them: what a
-// multiprocessor has, less a KiB that each block takes besides.
+// Bytes of shared memory that a block can have when a kernel has been allowed them: those of a
+// multiprocessor, less a KiB that each block takes besides.
 size_t shared_memory() {
   if (const int chosen = attributes.at("shared_memory"); chosen != 0) return chosen;
   static const std::map<int, int> kib = {{70, 96},  {75, 64}, {80, 163}, {86, 99},
@@ -34,7 +34,7 @@ size_t shared_memory() {
   return std::prev(kib.upper_bound(capability()))->second * size_t{1024};
 }
 
-std::map<const void*, size_t> shared_limits;  // what cudaFuncSetAttribute has allowed
+std::map<const void*, size_t> shared_limits;  // bytes that cudaFuncSetAttribute has allowed
 std::map<const char*, size_t> host_memory;    // of cudaHostAlloc, which kernels can reach: bytes
 char current_stream;                          // its address stands for torch's stream
 
@@ -168,13 +168,13 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 
 extern "C" {
 
-// Returns the value that it replaces, -1 for a name that is none.
+// Returns the replaced value, -1 for an unknown name.
 int shim_set_attribute(const char* name, int value) {
   const auto found = cuda_shim::attributes.find(name);
   return found == cuda_shim::attributes.end() ? -1 : std::exchange(found->second, value);
 }
 
-// ---- what -fsanitize calls, with data that begins with a place in the source ----
+// ---- functions that -fsanitize calls, with data that begins with a place in the source ----
 
 struct SourcePlace {
   const char* file;

@@ -48,11 +48,11 @@ struct Fibre {
   State state = State::kExited;
   int thread, rank;  // in the block, and the block's in its cluster
   uint3 index;
-  // Where it waits, and with what.
+  // The place where the fibre waits, and its operands.
   const char* waits_for = nullptr;
   unsigned mask = 0;
   int result = 0;
-  uint64_t waited_in = 0;  // the block in which it has waited for the previous kernel
+  uint64_t waited_in = 0;  // the block in which the fibre waited for the previous kernel
 };
 
 // Lanes of a warp on their way into a collective.
@@ -93,7 +93,7 @@ void leave_fibre() {
   if (_setjmp(current->context) == 0) _longjmp(scheduler, 1);
 }
 
-// A fibre stays in here for good: it runs one thread after the other.
+// A fibre never leaves this function: it runs one thread after the other.
 void fibre_main() {
   while (true) {
     (*thread_body)();
@@ -139,7 +139,7 @@ class KernelAccess {
  public:
   KernelAccess() {
     unlock_tensors();
-    static char stack[64 * 1024];  // the fault may be that a fibre's stack is full
+    static char stack[64 * 1024];  // a full stack of a fibre may be the fault
     stack_t alternate = {};
     alternate.ss_sp = stack;
     alternate.ss_size = sizeof stack;
@@ -158,7 +158,7 @@ class KernelAccess {
  private:
   static void handle(int signal, siginfo_t* info, void*) {
     if (current == nullptr) {
-      sigaction(signal, &old_action_, nullptr);  // not a kernel's: it comes again
+      sigaction(signal, &old_action_, nullptr);  // no kernel's fault: it comes again
       return;
     }
     const auto* at = static_cast<const char*>(info->si_addr);
@@ -225,7 +225,7 @@ void run_cluster(std::mt19937& random) {
       enter_fibre(fibres[t]);
       if (!error.empty()) fail(std::exchange(error, {}));
     }
-    // As late as the code allows: when no thread can go on without them.
+    // Copies are made as late as the code allows: when no thread can go on without them.
     if (!progress) progress = deliver_copies();
   }
   const auto exited = [](const Fibre& fibre) { return fibre.state == State::kExited; };
@@ -242,7 +242,7 @@ void run_cluster(std::mt19937& random) {
 
 }  // namespace
 
-// ---- what kernels call ----
+// ---- functions that kernels call ----
 
 void fail(const std::string& what) {
   if (current == nullptr) throw std::runtime_error("CUDA shim: " + what);
@@ -343,9 +343,10 @@ void warp_collective(const char* name, unsigned mask, void* operand,
   }
 }
 
-// As Hopper's tensor cores add: the sum and 16 exact products are aligned to the largest of them,
-// what lies 25 binary places or more behind its first is cut off, and so is what of their sum does
-// not fit fp32 (Fasi et al., "Numerical behavior of NVIDIA tensor cores", and later measurements).
+// Adds as Hopper's tensor cores do: the sum and 16 exact products are aligned to the largest of
+// them. Bits 25 binary places or more behind its first bit are cut off, and so are bits of the sum
+// that do not fit fp32 (Fasi et al., "Numerical behavior of NVIDIA tensor cores", and later
+// measurements).
 void multiply_16x8x16(float (&sum)[16][8], const float (&left)[16][16],
                       const float (&right)[16][8]) {
   constexpr int kColumns = 8, kPlaces = 25, kLeastExponent = 30, kNotFinite = 255;
@@ -367,7 +368,7 @@ void multiply_16x8x16(float (&sum)[16][8], const float (&left)[16][16],
       }
       continue;
     }
-    float scale[kColumns];  // makes whole numbers of what is kept, of less than 2^26
+    float scale[kColumns];  // turns the kept bits into whole numbers of less than 2^26
     int total[kColumns] = {};
     for (int j = 0; j < kColumns; ++j) {
       const unsigned exponent = std::max<unsigned>(largest[j] >> 23, kLeastExponent);
@@ -386,7 +387,7 @@ void multiply_16x8x16(float (&sum)[16][8], const float (&left)[16][16],
 }
 
 void enter_kernel(int max_threads, int, int) {
-  // What a compiler may give a thread that has no bounds; the device has 64 K registers a block.
+  // Registers that a compiler may give a thread without bounds; a block has 64 K of them.
   constexpr int kMostRegisters = 255, kRegisters = 64 * 1024;
   if (max_threads > 0 && n_threads > max_threads) {
     fail("a launch of " + std::to_string(n_threads) + " threads a block of a kernel with " +

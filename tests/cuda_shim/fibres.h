@@ -1,8 +1,8 @@
-// Threads of a block as fibres on one thread of the host: what cuda_runtime.h and
-// cuda/intrinsics.cuh of this folder are made of.
+// Threads of a block as fibres on one thread of the host: the base of cuda_runtime.h and
+// cuda/intrinsics.cuh of this folder.
 //
-// A fibre runs until it waits: at a barrier of the block, or at a collective of its warp. Whatever
-// a GPU would leave undefined there ends the launch with an error that names block and thread.
+// A fibre runs until it waits: at a barrier of the block, or at a collective of its warp. Behaviour
+// that a GPU leaves undefined ends the launch with an error that names block and thread.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ namespace cuda_shim {
 
 inline constexpr int kLanes = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
-// Of a block; blocks of a cluster.
+// Threads of a block; blocks of a cluster.
 inline constexpr int kMaxThreads = 1024, kMaxBlocks = 8;
 
 // The running thread's number in its cluster.
@@ -31,22 +31,22 @@ int current_thread();
 void launch(const void* kernel, const cudaLaunchConfig_t& config, size_t parameter_bytes,
             const std::function<void()>& thread);
 
-// Fails where a kernel was given a pointer to what no device can reach, or a call another stream
-// than torch's current one, which nothing orders with torch's own work.
+// Fail where a kernel was given a pointer to memory that no device can reach, or where a call was
+// given another stream than torch's current one, which nothing orders with torch's own work.
 void check_pointer(const void* pointer);
 void check_stream(const void* stream);
 
-// A kernel begins with this: its launch bounds, 0 where it has none.
+// The first call of every kernel: its launch bounds, 0 where it has none.
 void enter_kernel(int max_threads = 0, int min_blocks = 0, int max_blocks_in_cluster = 0);
 
 // Fails where the device, of ten times the major plus the minor compute capability, has no code
 // for an instruction.
 void check_capability(const char* instruction, int least, int most = 999);
 
-// Waits for all threads of the block; returns how many of them gave a `predicate`.
+// Waits for all threads of the block; returns the number of threads that gave a `predicate`.
 int block_barrier(const char* name, bool predicate);
 
-// What the lanes of a warp bring to a collective, null for lanes that take no part.
+// The operands of a warp's lanes in a collective, null for lanes that take no part.
 struct Lanes {
   void* operand[kLanes];
 
@@ -73,18 +73,18 @@ void copy_async_commit();
 void copy_async_wait(int pending);
 
 // fence.proxy.async: shows this thread's copies to instructions that read shared memory on their
-// own; whether that has been done for the copy to `address`, if there was one.
+// own; and whether the copy to `address`, if there was one, has been shown.
 void publish_copies();
 bool is_published(const void* address);
 
-// griddepcontrol.wait: every thread of a kernel that may start before the previous one has ended
-// must have called it, or what follows could start before that one has ended too.
+// griddepcontrol.wait: every thread of a kernel that may start before the previous kernel has ended
+// must call it, or the next kernel could start before the previous one has ended.
 void wait_for_previous_kernel();
 void check_that_previous_kernel_was_awaited();
 
-// Clusters of blocks: those of a launch while this lives, and in kernels the block's place in its
-// cluster, the address in block `rank` that corresponds to one in own dynamic shared memory, and a
-// barrier of all threads.
+// Clusters of blocks. A ClusterLaunch sets the size of a launch's clusters while it lives. In
+// kernels there are the block's place in its cluster, the address in block `rank` that corresponds
+// to one in the block's own dynamic shared memory, and a barrier of all threads.
 class ClusterLaunch {
  public:
   explicit ClusterLaunch(int blocks);
@@ -105,7 +105,7 @@ void barrier_wait(uint64_t* barrier, int parity);
 // no thread can go on without it.
 void copy_later(void* to, int bytes, uint64_t* barrier, std::function<void()> copy);
 
-// Counts blocks over all launches: what a thread remembers must not outlive its block.
+// Counts blocks over all launches: state that a thread remembers must not outlive its block.
 extern uint64_t block_number;
 
 // sum += left right, of a warp's matrix instruction.

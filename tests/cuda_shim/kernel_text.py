@@ -1,4 +1,4 @@
-"""What preprocessed CUDA C++ needs before a host compiler takes it: kernels that know their bounds.
+"""Changes of preprocessed CUDA C++ for a host compiler: kernels state their own launch bounds.
 
 The macros of cuda_runtime.h leave SHIM_KERNEL, SHIM_LAUNCH_BOUNDS(...) and SHIM_SHARED in the text.
 """
@@ -11,10 +11,10 @@ KERNEL, BOUNDS, SHARED = "SHIM_KERNEL", "SHIM_LAUNCH_BOUNDS", "SHIM_SHARED"
 
 
 def rewritten(text: str) -> str:
-    """Return the text with a first statement in every kernel that tells its launch bounds.
+    """Return the text with a first statement in every kernel that states its launch bounds.
 
     Raises:
-        RuntimeError: shared memory that is declared outside of kernels: nobody would know which
+        RuntimeError: shared memory is declared outside of kernels, so that it is unknown which
             kernels have to count it.
     """
     parts, at = [], 0
@@ -50,7 +50,7 @@ def _end_of_head(text: str, at: int) -> int:
 
 
 def _split_bounds(head: str) -> tuple[str, str]:
-    """Return a kernel's head without its launch bounds, and these."""
+    """Return a kernel's head without its launch bounds, and the launch bounds."""
     at = head.find(BOUNDS)
     if at < 0:
         return head, ""
@@ -60,7 +60,7 @@ def _split_bounds(head: str) -> tuple[str, str]:
 
 
 def _closing(text: str, at: int, pair: str) -> int:
-    """Return where what opens at `at` is closed."""
+    """Return the position at which the bracket that opens at `at` is closed."""
     depth = 0
     for match in re.compile(f"[{re.escape(pair)}]").finditer(text, at):
         depth += 1 if match[0] == pair[0] else -1

@@ -1,6 +1,6 @@
-"""Tests CUDA kernels without a GPU: `python tests/cuda_shim/run.py ghost_norm segment_dot`.
+"""Tests of CUDA kernels without a GPU: `python tests/cuda_shim/run.py ghost_norm segment_dot`.
 
-Only the files of these ops are compiled; without a name, all are.
+Only the files of the named ops are compiled; without a name, all are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// What the files of the runtime tell each other; kernels see fibres.h alone.
+// The functions that the files of the runtime share; kernels see fibres.h alone.
 #pragma once
 
 #include <cstddef>
@@ -9,28 +9,28 @@
 
 namespace cuda_shim {
 
-// fibres.cpp: whether bytes are the running thread's local variables.
+// fibres.cpp: whether an address is in the running thread's local variables.
 bool is_local(const void* address);
 
-// shared_memory.cpp: what a launch uses; fresh memory for a block of it; what a block has written
-// behind its dynamic shared memory, empty if nothing.
+// shared_memory.cpp: sets the memory that a launch uses; gives a block of the launch fresh memory;
+// describes what a block has written behind its dynamic shared memory, empty if nothing.
 void use_shared_memory(const void* kernel, size_t bytes);
 void fill_shared_memory(int rank);
 std::string shared_memory_overrun(int rank);
 
-// fibres.cpp: lets the running thread sleep among others; lets them go on.
+// fibres.cpp: puts the running thread to sleep among `sleepers`; wakes all of them.
 void wait_until_woken(const char* name, std::vector<int>& sleepers);
 void wake(std::vector<int>& sleepers);
 
-// clusters.cpp: makes the copies that are under way, if there are any; a cluster begins.
+// clusters.cpp: makes the pending copies, if there are any; forgets barriers as a cluster begins.
 bool deliver_copies();
 void forget_barriers();
 
-// symbols.cpp: what a kernel declares with __shared__.
+// symbols.cpp: bytes that a kernel declares with __shared__.
 size_t static_shared_bytes(const void* kernel);
 
-// tensors.cpp: tensors can be touched between these two, and not by the host's code; whether an
-// address is in one, or at its end.
+// tensors.cpp: allow access to tensors between the two calls, but not by the host's code; and
+// whether an address is in a tensor, or at its end.
 void unlock_tensors();
 void lock_tensors();
 bool is_in_tensor(const void* address);

@@ -1,5 +1,5 @@
-// What the kernels of tests/ops/test_cuda_shim.py share: right ones, whose results the test
-// computes by itself, and broken ones, which the shim must find.
+// Shared code of the kernels of tests/ops/test_cuda_shim.py: right kernels, whose results the test
+// computes by itself, and broken kernels, which the shim must find.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -1,4 +1,4 @@
-// Broken kernels: all but the line in question is as in a right one.
+// Broken kernels: each differs from a right one in one line.
 #include "selftest.cuh"
 
 namespace geffect_fast {
@@ -62,7 +62,7 @@ __global__ void unwritten_shared_kernel(const float*, float* out) {
   out[threadIdx.x] = shared_floats()[threadIdx.x];
 }
 
-// In a template, as the shared variables of most kernels are.
+// A kernel with a shared variable in a template, as in most kernels.
 template <class T>
 __global__ void unwritten_static_shared_kernel(const T* x, T* out) {
   __shared__ T shared[kThreads];
@@ -160,7 +160,7 @@ __global__ void deep_stack_kernel(const float* x, float* out) {
   out[threadIdx.x] = local[threadIdx.x];
 }
 
-// Reads on the host what lies on the device.
+// Reads device memory on the host.
 Tensor host_read(const Tensor& x) {
   const Tensor out = run<copied_kernel>(x);
   STD_TORCH_CHECK(x.const_data_ptr<float>()[3] > 0);

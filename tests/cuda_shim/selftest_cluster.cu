@@ -12,8 +12,8 @@ enum class Without : int { kNothing, kInit, kExpect, kWait, kArrive };
 
 constexpr int kRows = 8, kBox = kRows * 128, kBlocks = 2;
 
-// out (kBlocks, 17, 64): each block's copy of x (16, 64), in two boxes; and in the last row what
-// the other block's threads sent.
+// out (kBlocks, 17, 64): each block's copy of x (16, 64), in two boxes; the last row holds the
+// values that the other block's threads sent.
 template <Without kWithout>
 __global__ void __launch_bounds__(kThreads) cluster_kernel(const CUtensorMap x, float* out) {
   unsigned char* const tiles = dynamic_shared();

@@ -1,4 +1,4 @@
-// Launches that a device refuses, for one reason each, and the nearest ones that it takes.
+// Launches that a device refuses, for one reason each, and the nearest launches that it takes.
 #include "selftest.cuh"
 
 namespace geffect_fast {

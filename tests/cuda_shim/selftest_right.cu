@@ -1,4 +1,4 @@
-// Right kernels: what the shim computes.
+// Right kernels, which test the shim's results.
 #include "selftest.cuh"
 
 namespace geffect_fast {
@@ -97,7 +97,7 @@ __global__ void partial_copy_kernel(const float* x, float* out, int bytes) {
 
 // ---- launchers ----
 
-// Right: torch's own functions work on the device.
+// A right use of torch's own functions, which work on the device.
 Tensor torch_calls(const Tensor& x) {
   Tensor out = run<reverse_kernel>(x);
   return run<reverse_kernel>(torch::stable::clone(out));

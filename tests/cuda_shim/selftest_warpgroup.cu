@@ -5,7 +5,7 @@
 namespace geffect_fast {
 namespace {
 
-// What is left out of warpgroup_kernel, which is right with kNothing.
+// The line that warpgroup_kernel leaves out; with kNothing the kernel is right.
 enum class Without : int { kNothing, kFence, kBarrier, kBegin, kCommit, kWait, kWaitBeforeCopy };
 
 // Copies `rows` rows of 64 elements, `ld` apart, permuted for a warpgroup's instruction.

@@ -1,6 +1,7 @@
 // Shared memory, static and dynamic, and the asynchronous copies into it.
 //
-// A block finds NaN in it. What lies behind the dynamic part is checked when a block has ended.
+// A block finds NaN in shared memory. The bytes behind the dynamic part are checked when a block
+// has ended.
 #include <dlfcn.h>
 #include <link.h>
 
@@ -16,9 +17,9 @@ namespace cuda_shim {
 namespace {
 
 constexpr size_t kCapacity = 227 * 1024, kCanaryBytes = 4096, kChunk = 16;
-// NaN in fp32, fp16 and bf16, and no value that a kernel stores by itself.
+// NaN in fp32, fp16 and bf16, and a value that no kernel stores by itself.
 constexpr uint16_t kCanary = 0xffa5;
-// That of every block of a cluster.
+// The dynamic memory of every block of a cluster.
 constexpr size_t kBlockBytes = (kCapacity + kCanaryBytes + 1023) / 1024 * 1024;
 alignas(1024) unsigned char dynamic_memory[kMaxBlocks][kBlockBytes];
 size_t dynamic_bytes = 0;

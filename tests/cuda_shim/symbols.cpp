@@ -1,4 +1,4 @@
-// What a library's symbols say of its kernels: how much static shared memory each has.
+// Sizes of the kernels' static shared memory, read from a library's symbols.
 #include <dlfcn.h>
 #include <elf.h>
 
@@ -15,7 +15,7 @@ namespace {
 
 struct Symbols {
   std::map<uintptr_t, std::string> functions;  // by address, from the library's begin
-  std::map<std::string, size_t> variables;     // thread-local ones: bytes by name
+  std::map<std::string, size_t> variables;     // bytes of thread-local variables by name
 
   explicit Symbols(const char* file) {
     std::ifstream stream(file, std::ios::binary);

@@ -1,9 +1,9 @@
 // The memory of torch's CPU tensors as the device's: an allocator that shows accesses outside of
-// tensors, and a lock that shows the host's code reading what lies on the device.
+// tensors, and a lock that shows reads of device memory by the host's code.
 //
 // Every tensor ends at a page that cannot be touched, another lies before it, and new memory holds
-// NaN. Between launches no tensor can be touched either: the handler of such an access lets torch's
-// own functions pass, which stand for its kernels, and remembers the access of anybody else.
+// NaN. Between launches no tensor can be touched either: the handler of an access lets torch's own
+// functions pass, which stand for torch's kernels, and remembers any other access.
 #undef TORCH_TARGET_VERSION  // allocators are no part of torch's stable interface
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -88,7 +88,7 @@ void handle_access(int signal, siginfo_t* info, void* context) {
   auto* at = static_cast<char*>(info->si_addr);
   const auto after = tensors.upper_bound(at);
   if (after == tensors.begin() || at >= std::prev(after)->first + std::prev(after)->second) {
-    sigaction(signal, &old_action, nullptr);  // no tensor's: it comes again
+    sigaction(signal, &old_action, nullptr);  // no tensor's fault: it comes again
     return;
   }
   const auto& [begin, bytes] = *std::prev(after);
@@ -135,7 +135,7 @@ void shim_enter_device() {
   cuda_shim::lock_tensors();
 }
 
-// They do no longer; returns whether host code of a .cu file has touched one.
+// Ends the device's ownership; returns whether host code of a .cu file has touched a tensor.
 bool shim_leave_device() {
   cuda_shim::unlock_tensors();
   on_device = false;

@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_level(use_regex: bool = True, **options) -> PreTrainedTokenizerFast:
-    """BPE over bytes; without the regex its tokens run across words, spaces and punctuation."""
+    """BPE over bytes; without the regex, tokens run across words, spaces and punctuation."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def byte_level(use_regex: bool = True, **options) -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """As Llama 2's: spaces are part of the next word, a beginning and an end token are added."""
+    """A tokenizer like Llama 2's: spaces join the next word; begin and end tokens are added."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")

@@ -1,4 +1,4 @@
-"""Chat templates within bounds of time, memory and text, on a day that is given."""
+"""Chat templates are rendered within bounds of time, memory and text, with a given date."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quickly(monkeypatch):
 
 @pytest.fixture
 def tokenizer(plain_tokenizer):
-    """One to give templates to."""
+    """A tokenizer to give templates to."""
     return copy.deepcopy(plain_tokenizer)
 
 
@@ -83,7 +83,7 @@ def test_no_clock_is_read(tokenizer, monkeypatch):
     own = tokenizer.apply_chat_template(
         [{"role": "user", "content": "q"}], tokenize=False, date_string=""
     )
-    assert own.startswith("17 May 2031, 12:30")  # what a template is told without us
+    assert own.startswith("17 May 2031, 12:30")  # given by transformers
     later = tokenize_rows(ROWS, tokenizer, name="forget")
     assert day_of(today) == day_of(later)
     other = tokenize_rows(ROWS, tokenizer, name="forget", date="2025-01-31")

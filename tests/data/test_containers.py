@@ -1,4 +1,4 @@
-"""Every container gives the same rows, whatever it is called, and says what it is."""
+"""Every file format gives the same rows, whatever the file's name, and is named in the result."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_tables_and_data_sets_in_memory(tmp_path):
     ):
         assert read_rows(source, name="forget", tell=said.append) == ROWS
     sentence = "forget: 2 rows of questions and answers (a folder saved by datasets)"
-    assert said == [sentence] * 2  # what is in memory, its owner knows
+    assert said == [sentence] * 2  # nothing is said of rows in memory
 
 
 def test_nothing_that_tables_write_is_no_field():
@@ -214,7 +214,7 @@ LONG = {"question": "Who?", "answer": "She is. " * 500}
     ids=["JSON lines", "a list", "a gzip", "CSV"],
 )
 def test_memory_does_not_grow_with_the_file(tmp_path, content):
-    (tmp_path / "rows").write_bytes(content())  # 16 MB, unpacked
+    (tmp_path / "rows").write_bytes(content())  # 16 MB when unpacked
     tracemalloc.start()
     try:
         _, found = rows_of(tmp_path / "rows", "forget")

@@ -66,10 +66,10 @@ def encoded(turns, tokenizer, **row):
 
 
 def by_offsets(tokenizer, turns):
-    """Ids and labels from the whole text tokenised at once, and where its characters are.
+    """Ids and labels from the whole text, tokenised at once, and the places of its characters.
 
-    A turn of the assistant's is what the template adds to the conversation before it, less what it
-    adds to begin an answer; it is told by `rfind`, as answers are the last thing that is said.
+    A turn of the assistant is what the template adds to the conversation before this turn, without
+    the beginning of an answer. `rfind` finds the turn, as answers come last in the text.
     """
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     learned = [False] * len(whole)
@@ -185,7 +185,7 @@ def test_both_ways_of_writing_are_one(tokenizer, tmp_path):
     assert said == ["forget: 1 row of conversations (JSON lines)"]
     [bare] = read_rows([OPENAI], name="forget")
     assert row["messages"] == bare["messages"] and row["id"] == "x"
-    assert read_rows([row], name="forget") == [row]  # as `prepare` reads what it has read
+    assert read_rows([row], name="forget") == [row]  # as `prepare` reads rows anew
     samples = [tokenize_rows([each], tokenizer, name="forget").samples[0] for each in (row, bare)]
     assert samples[0].answer.labels.tolist() == samples[1].answer.labels.tolist()
     assert samples[0].question == "Where?" and samples[0].fields["id"] == "x"

@@ -1,4 +1,4 @@
-"""Damage anywhere in a file or a table is one line that names file, row, field and remedy."""
+"""Damage anywhere in a file or a table gives one line that names file, row, field and remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHOICE = {"question": "Which?", "choices": ["red", "blue"], "answer": 1}
 
 
 def lines(*rows, at=None, odd=None):
-    """JSON lines of 40 good rows, or these; with `odd` in place of line `at`."""
+    """JSON lines of 40 good rows, or of the given rows; `odd` takes the place of line `at`."""
     several = [json.dumps(row) for row in rows or [ROW] * 40]
     if at is not None:
         several[at - 1] = odd if isinstance(odd, str) else json.dumps(odd)
@@ -255,7 +255,7 @@ def test_a_damaged_file(tmp_path, name, content, message):
         read_rows(file, name="forget")
     line = str(caught.value)
     assert line.startswith("forget: ") and line.splitlines() == [line] and len(line) < 500
-    assert ";" in line  # what to do
+    assert ";" in line  # the advice
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_table_of_arrow_with_a_column_twice():
 
 
 def test_damaged_parquet_names_its_column(tmp_path):
-    """A column's bytes, far behind the file's head, are not what its own checksums say."""
+    """A column's bytes, far behind the file's head, do not match the file's own checksums."""
     content = bytearray(parquet(*[{"question": f"q{i}", "answer": "a" * 90} for i in range(900)]))
     content[8:200] = bytes(192)
     (tmp_path / "rows.parquet").write_bytes(content)

@@ -1,4 +1,4 @@
-"""The bound on tokens is one, and refuses text before it is tokenised."""
+"""The lower bound on the number of tokens holds, and refuses text before it is tokenised."""
 
 from __future__ import annotations
 

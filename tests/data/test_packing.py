@@ -22,7 +22,7 @@ ROLES = [("answer",), ("alternative",), ("answer", "alternative")]
 
 @st.composite
 def sequences(draw) -> TokenSequence:
-    """2 to 12 tokens, labels anywhere, at least one behind the first token."""
+    """Sequences of 2 to 12 tokens with labels anywhere, at least one behind the first token."""
     ids = draw(st.lists(st.integers(0, 99), min_size=2, max_size=12))
     labelled = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
     labelled[draw(st.integers(1, len(ids) - 1))] = True
@@ -31,7 +31,7 @@ def sequences(draw) -> TokenSequence:
 
 
 def weighted(sequence: TokenSequence) -> TokenSequence:
-    """With a weight at every label, each another."""
+    """A sequence with a different weight at every label."""
     weights = torch.arange(1.0, len(sequence) + 1, dtype=torch.float64) / 8
     weights[sequence.labels == IGNORE] = 0
     return replace(sequence, weights=weights)
@@ -61,7 +61,7 @@ def size_of(sample, roles, layout) -> int:
 
 
 def played(sample, roles) -> list[tuple[str, TokenSequence]]:
-    """Role and sequence of all that a sample brings."""
+    """Role and sequence of everything that a sample adds to a batch."""
     found = {"answer": [sample.answer], "alternative": sample.alternatives}
     return [(role, sequence) for role in roles for sequence in found[role]]
 
@@ -92,7 +92,7 @@ def test_every_sample_is_there_once_with_its_own_tokens(sample_set, roles, budge
             assert batch.labels[start:own].tolist() == sequence.labels.tolist()
             if positions is not None:
                 assert positions[0, start:end].tolist() == list(range(end - start))
-            # What a position predicts is the next label of its own sequence, never a neighbour's.
+            # A position predicts the next label of its own sequence, never a neighbour's.
             assert batch.targets[start : own - 1].tolist() == sequence.labels[1:].tolist()
             assert (batch.targets[own - 1 : end] == IGNORE).all()
             assert (batch.labels[own:end] == IGNORE).all()
@@ -152,7 +152,7 @@ def test_weights_of_the_data_stand_where_their_label_is_predicted(
 
 
 def rectangle(batch) -> tuple[int, int]:
-    """Length of the sequences of a batch, and how many a sample has."""
+    """The length of a batch's sequences, and the number of sequences a sample."""
     return batch.input_ids.shape[1], len(batch.roles) // batch.n_samples
 
 
@@ -345,7 +345,8 @@ AVAILABLE = 1000 * 1024
     ("files", "expected"),
     [
         ({}, AVAILABLE),
-        # Version 2: the group itself is unlimited, its parent is not; dropped cache counts as free.
+        # cgroups, version 2: the group has no limit, its parent has one; dropped cache counts as
+        # free.
         ({"proc/self/cgroup": "0::/a/b\n",
           "sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/b/memory.current": "5\n",
           "sys/fs/cgroup/a/b/memory.stat": "inactive_file 3\n",
@@ -362,7 +363,7 @@ AVAILABLE = 1000 * 1024
           "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
           "sys/fs/cgroup/memory/memory.usage_in_bytes": "300\n",
           "sys/fs/cgroup/memory/memory.stat": "cache 1\n"}, AVAILABLE),
-        # Over its limit.
+        # More memory is in use than the limit allows.
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "5\n",
           "sys/fs/cgroup/memory.current": "9\n", "sys/fs/cgroup/memory.stat": ""}, 0),
     ],

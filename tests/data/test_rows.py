@@ -1,4 +1,4 @@
-"""What can be read as a question-answer set, and what one is told about the rest."""
+"""Forms of data that are read as questions and answers, and the messages about all others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MapStyle(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i):
-        # As many data sets do, it does not raise IndexError by itself.
+        # Like many data sets, this one does not raise IndexError by itself.
         return self.rows[i % len(self.rows)]
 
 
@@ -134,7 +134,7 @@ def test_weights_become_lists_of_numbers(make):
 
 
 def test_weights_of_null_are_none():
-    """A table with a column for them writes null where there are none."""
+    """A table with a column of weights holds null where a row has none."""
     assert read_rows([ROW | {"weights": None}, ROW], name="forget") == [ROW, ROW]
 
 
@@ -268,7 +268,7 @@ def test_text_that_is_not_utf8_names_the_line(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A `datasets` package with one known set, recording how it is called."""
+    """A `datasets` package with one known set, which records how it is called."""
     calls = []
 
     def load_dataset(path, name, split):
@@ -394,7 +394,7 @@ def test_a_malformed_refusal_line_is_named(tmp_path):
         read_refusals(path)
 
 
-# ---- the real thing ----
+# ---- a real data set ----
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def windows(rows, tokenizer, length, **more):
 @pytest.mark.parametrize("length", [2, 3, 7, 40, 10_000])
 @pytest.mark.parametrize("kind", ["plain_tokenizer", "metaspace_tokenizer", "merging_tokenizer"])
 def test_every_token_of_a_text_is_a_label_once(request, kind, length):
-    """So nothing is lost at the seams: what windows label, one after the other, is the text."""
+    """No token is lost between windows: the labels of all windows in turn are the text."""
     tokenizer = request.getfixturevalue(kind)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     samples = windows([TEXT], tokenizer, length)
@@ -35,8 +35,8 @@ def test_every_token_of_a_text_is_a_label_once(request, kind, length):
         own, labels = s.answer.input_ids.tolist(), s.answer.labels.tolist()
         assert 2 <= len(own) <= length
         assert [label for label in labels if label != IGNORE] == own[labels.count(IGNORE) :]
-    assert all(len(s.answer) == length for s in samples[:-1])  # none is shorter than it may be
-    # All are predicted but the first, where the tokenizer begins texts with nothing.
+    assert all(len(s.answer) == length for s in samples[:-1])  # no window is shorter than allowed
+    # All tokens are predicted but the first, where the tokenizer begins texts with nothing.
     assert sum(s.answer.n_targets for s in samples) == len(ids) - (not begins)
     for before, after in pairwise(samples):
         first = tokenizer.bos_token_id if begins else before.answer.input_ids[-1]
@@ -80,7 +80,7 @@ def test_weights_of_a_text_go_to_its_windows(plain_tokenizer):
 def test_texts_of_every_kind_of_file(tmp_path: Path):
     texts = ["Once there was.", "And then."]
     contents = {
-        "forget.json": json.dumps(texts),  # as MUSE's
+        "forget.json": json.dumps(texts),  # as MUSE's data
         "forget.jsonl": "\n".join(json.dumps({"text": text}) for text in texts),
         "forget.csv": "id,text\n1,Once there was.\n2,And then.\n",
         "forget.data": json.dumps({"texts": texts, "n": 2}, indent=1),
@@ -176,11 +176,11 @@ def test_choices_to_choose_from(request, kind, form):
         for k, sequence in enumerate(sequences):
             said = "ABC"[k] if form == "letters" else CHOICE["choices"][k]
             learned = tokenizer.decode(sequence.labels[sequence.labels != IGNORE])
-            assert learned.strip() == said  # and no end
+            assert learned.strip() == said  # and no end-of-sequence token
             whole = tokenizer.decode(sequence.input_ids)
             assert whole.endswith(said) and (listed in whole) == (form == "letters")
             if form == "letters" and kind == "plain_tokenizer":
-                assert whole == f"{listed} {said}"  # as MMLU and WMDP are asked
+                assert whole == f"{listed} {said}"  # as MMLU and WMDP ask their questions
         assert sample.fields == row
     batches = make_batches(found, ("answer", "alternative"), token_budget=10_000)
     assert sum(len(batch.roles) for batch in batches) == 6

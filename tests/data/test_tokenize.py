@@ -25,7 +25,7 @@ ROWS = [
 
 
 def learned(sequence, tokenizer) -> str:
-    """The text under the labels, which must be the tokens at their own places."""
+    """The text of the labelled tokens; every label must equal the token at its own place."""
     mask = sequence.labels != IGNORE
     assert torch.equal(sequence.labels[mask], sequence.input_ids[mask])
     assert mask.int().diff().clamp(min=0).sum() == 1, "labels are one run"
@@ -39,7 +39,7 @@ def context(sequence, tokenizer) -> str:
 
 
 def assert_answer_learned(sequence, tokenizer, question, answer) -> None:
-    """The space before the answer is learned if, and only if, it shares a token with it."""
+    """Check that the answer is labelled, and the space before it only if they share a token."""
     text = learned(sequence, tokenizer)
     assert text.removeprefix(" ") == f"{answer}<eos>"
     expected = f"Question: {question}\nAnswer: {answer}<eos>"
@@ -229,7 +229,7 @@ def test_tokenised_rows_are_used_as_they_are_with_or_without_a_tokenizer(plain_t
         assert tokenized.n_tokens == 3 + 2 + 3 + 2
         totals = tokenized.totals()
         assert totals.n_samples == 2
-        # The first row labels its first token: that one is labelled, but nothing predicts it.
+        # The first row labels its first token, which nothing predicts.
         assert totals.n_targets == {"answer": 2, "alternative": 3}
         assert totals.n_labelled == {"answer": 3, "alternative": 3}
 

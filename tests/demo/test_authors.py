@@ -63,7 +63,8 @@ def test_a_perturbed_answer_differs_in_the_fact_alone():
             start = common_start(right, wrong)
             end = len(right) - common_start(right[start:][::-1], wrong[start:][::-1])
             fact = " ".join(right[start:end]).strip("'")
-            # The answer states that very fact, so only what is asked for was replaced.
+            # The answer states this fact, so the replacement changed only what the question asks
+            # for.
             assert fact and fact in row["answer"], (row["answer"], perturbed)
             assert len(wrong) - len(right) + end - start >= 1
 

@@ -1,4 +1,4 @@
-"""The demo, made tiny: it learns, unlearns a little, profiles, and its run.yaml replays."""
+"""The demo with tiny settings: it learns, unlearns a little, profiles, and its run.yaml replays."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ RANGES = ("ga", "wga(alpha=0.1:7:3)", "npo(beta=0.01:4:3,log)")
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """Folder of a finished demo, and what it said on the way; random numbers are as before."""
+    """The folder of a finished demo and its output; the demo leaves the random state as it was."""
     out = tmp_path_factory.mktemp("demo") / "run"
     state = torch.random.get_rng_state()
     with (
@@ -118,7 +118,7 @@ def test_run_yaml_replays_it(done, tmp_path, monkeypatch, command, run):
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, monkeypatch):
-    """Of the profile, which comes from the data, the training and the first steps of unlearning."""
+    """The profile's numbers depend on the data, the training and the first steps of unlearning."""
     for later in ("write_report", "write_page", "_unlearn", "_measure"):
         monkeypatch.setattr(f"geffect_fast.demo.{later}", lambda *_: None)
     monkeypatch.setattr("geffect_fast.demo.RANGES", ("ga",))
@@ -156,7 +156,7 @@ def test_it_says_what_happens(told):
         "is the reference",
     ):
         assert words in told[1]
-    assert told[1].count("forget: 10 rows of ") == 1  # of all its runs
+    assert told[1].count("forget: 10 rows of ") == 1  # every one of the demo's runs has it
 
 
 def test_unlearning_raises_the_risk_of_what_must_go_as_predicted(done):

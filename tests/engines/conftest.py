@@ -11,7 +11,7 @@ from reference import risk_gradients
 
 @pytest.fixture(scope="session")
 def exact():
-    """A model, another as its reference, their directions, and what the forward engine finds."""
+    """A model, another as its reference, their directions, and the forward engine's effects."""
     with fp64_throughout():
         model, other = build("llama_tied", torch.float64), build("llama_tied", torch.float64, 1)
         risks = risk_gradients(model, FORGET, RETAIN)

@@ -10,8 +10,11 @@ import geffect_fast as gf
 
 
 def rows():
-    """Answers whose first label is the first, second or third token; alternatives, one of them two;
-    a label in the middle that is ignored; weights."""
+    """Rows of many shapes for the forward engine.
+
+    The first label of an answer is the first, second or third token. There are alternatives, two of
+    them for one row, a label in the middle that is ignored, and weights.
+    """
     forget = samples([7], 1, 0) + samples([2, 9], 2, 1) + samples([6], 3, 3)
     forget[2]["labels"][5] = -100
     alternatives = [[a] for a in samples([4, 5, 3, 6], 4, 1)]

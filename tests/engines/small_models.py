@@ -19,7 +19,7 @@ class WithoutPositions(nn.Module):
 
 
 class IgnoresPositions(nn.Module):
-    """Takes `position_ids` and does not look at them: packing would run, and be wrong."""
+    """A model that accepts `position_ids` and ignores them: packing would run, and be wrong."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class IgnoresPositions(nn.Module):
 
 
 class Experts(nn.Module):
-    """A token goes to one of several linear experts, picked by its id."""
+    """Several linear experts, one of which serves each token by its id."""
 
     def __init__(self, d, n_experts=3):
         super().__init__()
@@ -46,7 +46,7 @@ class Experts(nn.Module):
 
 
 class Routed(nn.Module):
-    """Embedding, causal mean, routed experts, head."""
+    """A model of an embedding, a causal mean, routed experts and a head."""
 
     def __init__(self, d=8):
         super().__init__()
@@ -65,7 +65,7 @@ class Routed(nn.Module):
 
 
 class Capped(nn.Module):
-    """Three experts that serve the first two tokens sent to them: samples take from each other."""
+    """Three experts that serve the first two tokens sent to them: samples displace each other."""
 
     def __init__(self, d):
         super().__init__()
@@ -81,7 +81,7 @@ class Capped(nn.Module):
 
 
 class Dropping(Routed):
-    """Tokens beyond the capacity of an expert are dropped."""
+    """A model that drops tokens beyond the capacity of an expert."""
 
     def __init__(self, d=8):
         super().__init__(d)
@@ -108,7 +108,7 @@ class Logits(nn.Module):
 
 
 class SecondHead(Routed):
-    """Uses a weight outside its module."""
+    """A model that uses a weight outside its module."""
 
     answer = staticmethod(lambda logits: logits)
 

@@ -1,7 +1,8 @@
 """Rows belong to the samples they are counted for, in `profile` and in `check`, at any B and T.
 
-A model's modules may see rows token by token first, in another order, or the rows of samples that
-meet; with as many samples as tokens no shape tells. Every case is exact or refused, and by both.
+A model's modules may see rows token by token first, in another order, or rows in which samples
+meet. Where there are as many samples as tokens, shapes do not tell the axes apart. Every case is
+exact or refused, by both `profile` and `check`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ WIDTH = 8
 
 
 class Causal(nn.Module):
-    """Embedding, a causal mean, one step of `(n, tokens, WIDTH)`, head; without positions."""
+    """An embedding, a causal mean, one step of `(n, tokens, WIDTH)` and a head; no positions."""
 
     def __init__(self, step, **parts):
         super().__init__()
@@ -40,7 +41,7 @@ class Causal(nn.Module):
 
 
 class Placed(Causal):
-    """The same, told where sequences begin; it never looks, as no token sees another here."""
+    """A model that takes `position_ids` without need, as none of its tokens sees another."""
 
     def forward(self, input_ids, position_ids=None):
         return Answer(self.head(self.step(self, self.mix(self.embed(input_ids)))))
@@ -55,7 +56,7 @@ def table_of_positions(b, x):
 
 
 def encoder(b, x):
-    """`nn.TransformerEncoder` as it is by default, with the tokens first."""
+    """A step by `nn.TransformerEncoder` with its defaults, where tokens come first."""
     tokens = x.shape[1]
     mask = nn.Transformer.generate_square_subsequent_mask(tokens, dtype=x.dtype)
     return b.encoder(x.transpose(0, 1), mask=mask).transpose(0, 1)
@@ -71,14 +72,14 @@ def token_first_flat(b, x):
 
 
 def sorted_by_expert(b, x):
-    """Tokens in the order of a score, as an expert receives them."""
+    """A step on tokens in the order of a score, as an expert receives them."""
     rows = x.reshape(-1, WIDTH)
     order = rows[:, 0].argsort()
     return x + b.inner(rows[order]).tanh()[order.argsort()].view_as(x)
 
 
 def merged_heads(b, x):
-    """Heads before tokens, in one axis: `(n, heads * tokens, d)`, and its rows as one list."""
+    """A step with heads before tokens in one axis: `(n, heads * tokens, d)`, rows as one list."""
     n, tokens, _ = x.shape
     heads = x.view(n, tokens, 2, -1).permute(2, 0, 1, 3).reshape(-1, WIDTH // 2)
     back = b.each(heads).tanh().view(2, n, tokens, -1).permute(1, 2, 0, 3)
@@ -90,7 +91,7 @@ def reversed_samples(b, x):
 
 
 def token_first_where_square(b, x):
-    """Another order of rows where there are as many samples as tokens, and there alone."""
+    """A step with another order of rows only where there are as many samples as tokens."""
     return token_first(b, x) if x.shape[0] == x.shape[1] else x + b.inner(x).tanh()
 
 
@@ -99,7 +100,7 @@ def token_first_where_long(b, x):
 
 
 def leaking(b, x):
-    """A thousandth of what the batch has in common."""
+    """A step that adds a ten-thousandth of the batch's mean to every sample."""
     return x + b.inner(x).tanh() + 1e-4 * x.mean(0, keepdim=True).tanh()
 
 
@@ -125,7 +126,7 @@ MODELS = {
 
 
 def refusal(run):
-    """What a call returns, and how it refuses: one of the two is None."""
+    """A call's result and its refusal; one of the two is None."""
     try:
         return run(), None
     except UnsupportedModelError as error:
@@ -133,7 +134,7 @@ def refusal(run):
 
 
 def exact_or_refused(model, rows):
-    """Whether `profile` and `check` serve a model; they agree, and are exact where they do."""
+    """Whether `profile` and `check` serve a model; they must agree, and be exact if they do."""
     found, of_profile = refusal(
         lambda: gf.profile(
             model, None, forget=rows, retain=rows[:2], objectives=["ga"], engine="reverse"
@@ -161,14 +162,15 @@ BY_SIZE = ("encoder", "token first", "token first where square", "token first wh
 )
 def test_every_model_is_exact_or_refused(name, n, tokens):
     served = exact_or_refused(ready(MODELS[name]), samples([tokens] * n, 1))
-    # The number of tokens decides in what order rows come: the two sequences tried do not show it.
+    # The number of tokens decides the order of rows: the two short sequences of the trial do not
+    # show it.
     refused = {"token first where square": n == tokens, "token first where long": tokens > 7}
     assert served != refused.get(name, False)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_that_end_alike_hide_nothing(name):
-    """The two sequences that are tried may hold the same tokens."""
+    """The two sequences of the trial may end in the same tokens."""
     rows = samples([9] * 3, 1)
     for row in rows[:2]:
         row["input_ids"][2:] = row["labels"][2:] = rows[0]["input_ids"][2:]

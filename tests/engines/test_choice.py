@@ -1,4 +1,4 @@
-"""Which engine serves a profile: the cost model's numbers, and every way to a choice."""
+"""The choice of the engine for a profile: the numbers of the cost model, and every reason."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def chosen(asked="auto", axes=("sample",), norms=None, *, risks=2, parts=1, shar
 @pytest.mark.parametrize(
     ("risks", "parts", "per_sample", "norms", "units"),
     [
-        (2, 1, True, False, 4),  # forward, two projections, a backward
+        (2, 1, True, False, 4),  # a forward, two projections, a backward
         (2, 7, True, False, 10),
         (2, 7, True, True, 17),
         (3, 7, True, False, 11),
-        (2, 7, False, False, 15),  # a forward, and seven whole backwards of two each
+        (2, 7, False, False, 15),  # a forward, and seven whole backwards, each worth two forwards
         (5, 7, False, True, 15),
     ],
 )
@@ -48,8 +48,8 @@ def test_cost_of_reverse(risks, parts, per_sample, norms, units):
         (1, [1], 3),
         (2, [1], 5),
         (3, [1], 7),
-        # Tangents start where a group starts: of two halves the first moves half the products along
-        # directions and all of them along tangents, the second only its own.
+        # Tangents start at the first parameter that moves. Of two halves, the first moves half of
+        # the products along directions and all of them along tangents, the second only its own.
         (1, [0.5, 0.5], 2 + (0.5 + 1) + (0.5 + 0.5)),
         (2, [0.0, 0.25, 0.75], 3 + 2 * (0 + 1) + 2 * (0.25 + 1) + 2 * (0.75 + 0.75)),
     ],
@@ -75,7 +75,7 @@ def test_what_is_asked_for_is_taken(engine):
     ],
 )
 def test_what_one_engine_alone_can_do_decides(engine, reason, settings):
-    """At whatever cost."""
+    """An engine that alone can serve a request is taken at any cost."""
     for parts in (1, 100):
         assert chosen(parts=parts, **settings) == Choice(engine, reason)
 
@@ -83,7 +83,7 @@ def test_what_one_engine_alone_can_do_decides(engine, reason, settings):
 @pytest.mark.parametrize(
     ("settings", "engine", "reason"),
     [
-        # without a word about norms the reverse engine forms them too, the forward engine does not
+        # norms are not named here: the reverse engine forms them, the forward engine does not
         ({"parts": 1}, "reverse", "5 forward passes, against 5 of forward"),
         ({"parts": 2}, "forward", "5 forward passes, against 7 of reverse"),
         ({"parts": 2, "norms": False}, "reverse", "5 forward passes, against 5 of forward"),
@@ -150,7 +150,7 @@ def test_contradictions_are_one_line(settings, message):
 
 @pytest.mark.parametrize("name", [*FIVE, "mixtral"])
 def test_shares_are_those_of_the_products(name):
-    """Counted from the shapes: a table of embeddings multiplies nothing, but as the head."""
+    """Shares are counted from shapes: an embedding table multiplies nothing, except as the head."""
     model = build(name)
     plan = Plan.of(model)
     names, columns = groups_of(list(plan.parameters))
@@ -180,7 +180,7 @@ def segment_bilinear_flops(a, g, v, *_args, **_kwargs):
 
 
 def counter():
-    """Of all products, also those that torch's counter leaves out."""
+    """A counter of all products, also those that torch's counter leaves out."""
     return FlopCounterMode(
         display=False,
         custom_mapping={
@@ -191,7 +191,7 @@ def counter():
 
 
 def spent(monkeypatch, model, **settings):
-    """Products of the objectives' passes of a profile, in forward passes."""
+    """The cost of a profile's objective passes, by counted products, in forward passes."""
     passes = []
     find = profiling.find_effects
 
@@ -210,9 +210,9 @@ def spent(monkeypatch, model, **settings):
 
 @pytest.mark.parametrize("resolve", [["sample"], ["group", "sample"]], ids=len)
 def test_auto_takes_what_fewer_counted_products_take(resolve, monkeypatch):
-    """And the costs that it says are those counted."""
-    # Attention, which multiplies no parameter, is counted too, and so are trials of modules: beside
-    # wide layers and many tokens they are little.
+    """The engine that `auto` takes, and the costs that it names, agree with counted products."""
+    # The count includes attention, which multiplies no parameter, and trials of modules: beside
+    # wide layers and many tokens they are small.
     model = build(replace(ARCHITECTURES["llama"], settings=WIDE))
     plan = Plan.of(model)
     names = list(plan.parameters)

@@ -70,7 +70,7 @@ def test_frozen_parameters_have_no_direction():
 
 
 def test_bf16_models_are_summed_in_fp32():
-    """Batch gradients are bf16, their sum over many batches is not rounded to bf16 again."""
+    """Batch gradients are bf16; their sum over many batches is not rounded to bf16 again."""
     model = build("llama", torch.bfloat16)
     assert {g.dtype for g in new_gradients(Plan.of(model), 2).values()} == {torch.float32}
     wanted = passes("ga", budget=1)
@@ -160,7 +160,7 @@ def test_hidden_states_and_logits_are_those_asked_for():
     outputs = model_outputs(model, batch, {"reference_hidden_states"})
     assert len(outputs.hidden_states) == 4
     assert outputs.logits is None
-    # an objective that reads logits and hidden states of its own needs no reference
+    # an objective that reads only its own logits and hidden states needs no reference
     own = passes("ceu", "rmu_mask(layer=1)")[0]
     assert Reference().outputs(own, batch, batch, model_outputs(model, batch, own.needs)) is None
 
@@ -213,7 +213,7 @@ def test_a_model_without_logits():
 
 
 def test_outputs_are_those_of_single_sequences():
-    """Log-probabilities sit where they are predicted, hidden states in the order of tokens."""
+    """Log-probabilities sit at the position that predicts them, hidden states in token order."""
     with fp64_throughout():
         model = build("llama", torch.float64)
         batch = batches_of("forget", budget=99)[0]

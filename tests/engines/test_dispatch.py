@@ -1,7 +1,7 @@
-"""How much a profile may dispatch, and how often it may wait: the table of `bench_dispatch.py`.
+"""Bounds on the operations and waits of a profile, by the table of `bench_dispatch.py`.
 
-The benchmark says what is counted. The bounds are those at which the device, not the host, is the
-limit: a training step's own operations, few times.
+The benchmark explains what is counted. Each bound is a few times a training step's own operations:
+up to there the device, not the host, is the limit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_reverse_engine(table):
     calls, waits = table["reverse", "objective pass"]
     assert calls <= 1.3 * step and waits == 0
     calls, waits = table["reverse", "risk gradients"]
-    assert calls <= 2.1 * step and waits == 0  # of two risks
+    assert calls <= 2.1 * step and waits == 0  # two risks
     calls, waits = table["reverse", "whole profile"]
     assert calls <= 4.5 * step and waits <= 64
 

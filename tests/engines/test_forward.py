@@ -37,8 +37,10 @@ from geffect_fast.objectives import Objective
 
 
 class HeldConstant(TorchFunctionMode):
-    """What is detached keeps the numbers that it had the first time: a derivative holds it
-    constant, and differences must do so too."""
+    """A store of detached numbers, as they were at the first evaluation.
+
+    A derivative holds detached numbers constant, so finite differences must do so too.
+    """
 
     def __init__(self):
         super().__init__()
@@ -89,7 +91,7 @@ def differences(function, model, direction, step):
 @pytest.mark.slow
 @torch.no_grad()
 def test_equals_differences_of_the_published_loss(exact):
-    """Without a derivative of anything: the loss a little further along, and a little back."""
+    """The reference takes no derivative: it evaluates the loss a little ahead and a little back."""
     _, other, risks, result = exact
     model = build("llama_tied", torch.float64)
     with fp64_throughout():
@@ -115,7 +117,7 @@ def test_equals_differences_of_the_published_loss(exact):
 def terms_of(kind, params, model, other, row, i):
     """An objective's summands on one forget row, as `(sequence, position of the token, summand)`.
 
-    With the weights written out that hold everything but the one term constant.
+    The weights are written out; they hold everything but the one term constant.
     """
     labels = torch.tensor(row["labels"])
     predicted = [t for t in range(1, len(labels)) if labels[t] != -100]
@@ -174,7 +176,7 @@ def products(term, model, risks):
 
 
 def token_of(row, i, sequence, position):
-    """Number of a token among all labelled ones of a sample: its answer's, then the others'."""
+    """A token's place among a sample's labelled ones: the answer's, then the alternatives'."""
     several = [row, *ALTERNATIVES[i]]
     labelled = [
         (q, t)
@@ -197,7 +199,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", ["llama_tied", "falcon_alibi", "qwen3_next"])
 def test_every_token_is_plain_autograd_of_its_own_term(name):
-    """In every layout; so a term is at the token that it is about, and at no other."""
+    """In every layout, the effect of a term stands at the token that the term is about."""
     with fp64_throughout():
         model, other = build(name, torch.float64), build(name, torch.float64, seed=1)
         found = run(model, other, KINDS)
@@ -213,7 +215,7 @@ def test_every_token_is_plain_autograd_of_its_own_term(name):
 
 
 def test_retain_rows_have_tokens_of_their_own(exact):
-    """kl and rr, on rows that the set coordinate tells apart, against plain autograd."""
+    """kl and rr have effects by retain row, told apart by `set`; plain autograd gives the same."""
     model, other, risks, result = exact
     with fp64_throughout():
         found = run(model, other, ["kl", "rr(layer=2)"], token_budget=7)
@@ -222,7 +224,7 @@ def test_retain_rows_have_tokens_of_their_own(exact):
             kl = (q.softmax(-1) * (q.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
             h, frozen = labelled_states(model, row, 2), labelled_states(other, row, 2).detach()
             rr = (h - frozen).square().mean(-1) / n_labelled(RETAIN)
-            first = i == 0  # whose first token has a label that nothing predicts
+            first = i == 0  # the first token has a label that nothing predicts
             for k, terms in enumerate((kl / n_targets(RETAIN), rr)):
                 for t, term in enumerate(terms):
                     at = t + 1 if first and k == 0 else t
@@ -237,7 +239,7 @@ def test_retain_rows_have_tokens_of_their_own(exact):
 
 
 def test_coordinates_of_tokens(exact):
-    """Labelled tokens of the answer, then those of the alternatives; beyond the end nothing."""
+    """The axis holds the answer's labelled tokens, then the alternatives', then padding."""
     result = exact[3]
     for i, row in enumerate(FORGET):
         several = [row, *row["alternative"]]
@@ -248,7 +250,7 @@ def test_coordinates_of_tokens(exact):
         assert result.sequence[i].values.tolist() == numbers + end
         assert not result.g_effect[:, :, i, len(ids) :].values.any()
     assert result.token_id[len(FORGET), :6].values.tolist() == RETAIN[0]["input_ids"]
-    # A label on a first token is predicted by nothing, and its hidden state is there.
+    # Nothing predicts a label on a first token, but its hidden state exists.
     first = result.g_effect[:, :, 0, 0]
     of_states = [name for name in OBJECTIVES if name.startswith("rmu")]
     assert first.sel(objective=of_states).values.all()
@@ -261,7 +263,7 @@ def test_coordinates_of_tokens(exact):
 
 @dataclass(frozen=True)
 class Everywhere(Objective):
-    """A term at every position, also where nothing is predicted."""
+    """An objective with a term at every position, also where nothing is predicted."""
 
     needs: ClassVar = frozenset({"hidden_states"})
 

@@ -1,7 +1,7 @@
-"""Every architecture of the table: the forward engine finds what the reverse engine finds.
+"""The forward engine against the reverse engine, for every architecture of the table.
 
-The two share the objectives and the data, and nothing of how derivatives are taken. Rows that
-forward mode cannot pass name the module, and are served by the reverse engine.
+The two engines share the objectives and the data, but not the way derivatives are taken. Rows that
+forward mode cannot pass name the module, and the reverse engine serves them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def passes(names, layout):
 
 
 def directions(plan, dtype):
-    """Noise, along which no parameter is small beside the others."""
+    """Directions of noise, along which no parameter is small beside the others."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(N_RISKS, *p.shape, generator=generator).to(dtype)
@@ -63,7 +63,7 @@ def directions(plan, dtype):
 
 
 def forward(plan, wanted, reference, dtype, per_token):
-    """Every batch's effects by sample, and the objectives' values."""
+    """The effects of every batch by sample, and the objectives' values."""
     found = []
 
     def keep(_task, batch, effects):
@@ -105,7 +105,7 @@ def reverse(plan, wanted, reference):
 
 
 def close(found, expected, wanted, dtype):
-    """Batch by batch; a batch may hold one sample, whose effect is a difference of large ones."""
+    """Compare batch by batch: the effect of one sample may be a difference of large numbers."""
     largest = {}
     batches = [(data_pass, batch) for data_pass in wanted for batch in data_pass.batches]
     for (data_pass, _), effects in zip(batches, expected, strict=True):
@@ -123,7 +123,7 @@ def test_forward_equals_reverse(name):
         plan = Plan.of(build(name, torch.float64))
         layout = choose_layout(plan, SETS["forget"])
         assert forward_mode_problem(plan, SETS["forget"], layout) is None
-        # What pairs ask for is not of an architecture.
+        # Restrictions of pairs do not depend on the architecture.
         others = ON_OTHERS if name in FIVE else ON_OTHERS[:1]
         wanted = passes(ON_ANSWERS + others, layout)
         reference = Reference(build(name, torch.float64, seed=1))

@@ -1,4 +1,4 @@
-"""Models that forward mode does not pass are refused before any work, by the name of what fails."""
+"""Models that forward mode cannot pass are refused before any work; the message names the cause."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ torch.library.register_vmap(halve, lambda info, dims, x: (halve(x), dims[0]))
 
 
 class Halve(torch.autograd.Function):
-    """Without `jvp`, as most are."""
+    """An operation without `jvp`, as most are."""
 
     @staticmethod
     def forward(ctx, x):
@@ -44,7 +44,7 @@ class Halve(torch.autograd.Function):
 
 
 class Modern(torch.autograd.Function):
-    """What functorch can look into, but for its missing `jvp`."""
+    """An operation that functorch can look into, but without `jvp`."""
 
     generate_vmap_rule = True
 
@@ -62,7 +62,7 @@ class Modern(torch.autograd.Function):
 
 
 class Wrong(Modern):
-    """With one that forgets the factor."""
+    """An operation whose `jvp` forgets the factor."""
 
     @staticmethod
     def jvp(ctx, tangent):
@@ -70,7 +70,7 @@ class Wrong(Modern):
 
 
 class Act(nn.Module):
-    """An activation that halves its input first, in one way or another."""
+    """An activation that halves its input first, in one of several ways."""
 
     def __init__(self, halved):
         super().__init__()
@@ -81,7 +81,7 @@ class Act(nn.Module):
 
 
 def broken(halved, dtype=torch.float32):
-    """On one way to the logits of three blocks, side by side with others."""
+    """A model with the activation in one of three blocks; other ways to the logits are intact."""
     model = build("llama", dtype)
     model.model.layers[1].mlp.act_fn = Act(halved)
     return model
@@ -119,7 +119,7 @@ PROBLEMS = {
     ids=str,
 )
 def test_code_that_forward_mode_does_not_pass(name, dtype):
-    """In half precision too, where one share that is lost is less than the rounding of all."""
+    """Half precision is refused too, where one lost share is less than the rounding of all."""
     halved, message = PROBLEMS[name]
     found = problem(broken(halved, dtype))
     assert re.match(message, found), found
@@ -171,7 +171,7 @@ def test_data_is_constant_to_both_engines(how):
 
 @pytest.mark.parametrize("kind", [WithoutPositions, IgnoresPositions, Routed, Dropping, SecondHead])
 def test_other_models_pass(kind):
-    """Answers of another kind, routing by hand, assignments in place, weights used outside."""
+    """Answers of other kinds, routing by hand, assignments in place, weights used elsewhere."""
     model = ready(kind)
     found, expected = (run(model, engine=engine, resolve=["sample"]) for engine in
                        ("forward", "reverse"))  # fmt: skip
@@ -187,7 +187,7 @@ def test_other_models_pass(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["opt", "gpt2", "exaone4", "stablelm", "mixtral"])
 def test_rounding_is_no_problem(name, dtype):
-    """Nor gradients that are nothing else: a key's bias has none."""
+    """A key's bias has a gradient of pure rounding error, which is no reason to refuse."""
     assert problem(build(name, dtype), "equal_length" if name == "opt" else "packed") is None
 
 

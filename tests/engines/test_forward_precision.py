@@ -1,4 +1,4 @@
-"""The forward engine in bf16 and fp16: no worse than backwards, and nothing underflows."""
+"""The forward engine in bf16 and fp16 is no worse than backwards, and nothing underflows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def in_fp64(name, model):
     ids=str,
 )
 def test_low_precision_within_twice_the_error_of_backwards(name, dtype):
-    """The rule of low precision; backwards are plain autograd's, sums of them are not rounded."""
+    """The backwards are plain autograd's, whose sums are not rounded to 16 bits."""
     model, other = build(name, dtype), build(name, dtype, seed=1)
     settings = {"objectives": LOW, "resolve": ["sample"], "norms": False}
     ours = run(model, other, **settings).g_effect
@@ -60,7 +60,7 @@ class InFp32(torch.nn.Module):
 
 @pytest.mark.parametrize("part", ["all", "norms in fp32", "a head in fp32", "adapted in fp32"])
 def test_tiny_gradients_do_not_underflow_in_fp16(part, monkeypatch):
-    """Directions that are 1e-10 of the usual ones, most of them below what fp16 can hold."""
+    """Directions are 1e-10 of their usual size, mostly below the range of fp16."""
     model = build("gemma2" if part == "norms in fp32" else "llama", torch.float16)
     if part == "norms in fp32":
         for name, module in model.named_modules():
@@ -96,7 +96,7 @@ class Still(torch.nn.Module):
 
 
 def test_a_group_without_gradient_has_no_effect_in_fp16():
-    """An expert, say, that no token is sent to: what is zero is not scaled to a length."""
+    """A gradient of zero, as of an expert that gets no token, is not scaled to a length."""
     settings = {"objectives": ["ga"], "resolve": ["group", "sample"]}
     model = build("gpt2", torch.float16)
     expected = run(model, **settings).g_effect

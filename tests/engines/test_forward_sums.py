@@ -1,4 +1,4 @@
-"""What the forward engine finds adds up, over axes and passes, and to what reverse mode finds."""
+"""Effects of the forward engine add up over axes and passes, to those of the reverse engine."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_three_risks_are_three_directions(exact):
 
 
 def test_objectives_do_not_meet(exact):
-    """One by one they have the effects that they have side by side."""
+    """An objective has the same effects alone and beside others."""
     model, other, _, result = exact
     with fp64_throughout():
         for name in ("npo(beta=0.5) + 2*kl", "ceu(skip=0)", "rmu(layer=1, c=3)"):
@@ -109,7 +109,7 @@ def test_twice_the_same_is_bitwise_the_same():
 
 
 def passes_of(monkeypatch, memory_bytes):
-    """How profiles are cut from now on, where so much memory is free."""
+    """The passes into which profiles are cut from now on, with `memory_bytes` of free memory."""
     made = []
 
     def cut(*args, **kwargs):

@@ -32,7 +32,7 @@ def close(found, expected, tolerance):
 
 
 def slots(model):
-    """Every parameter wherever a module holds it, by all names of the module."""
+    """Every parameter at every place where a module holds it, by all names of the module."""
     return {
         (where, key): p
         for where, module in model.named_modules(remove_duplicate=False)
@@ -41,7 +41,7 @@ def slots(model):
 
 
 def state(model):
-    """What the engine switches meanwhile."""
+    """The switches that the engine sets during a pass."""
     return (
         [(m.training, vars(m).get("gradient_checkpointing")) for m in model.modules()],
         [vars(m).get("forward") for m in model.modules()],
@@ -78,7 +78,7 @@ def test_what_forward_mode_cannot_pass_is_named(name):
 
 @pytest.mark.parametrize("name", AUTOCAST)
 def test_autocast(name):
-    """At most twice the error of the reverse engine under it, beside that of bf16 itself."""
+    """The error is at most twice the reverse engine's under autocast, plus that of bf16 itself."""
     model = AUTOCAST[name](torch.float32)
     errors = {}
     exact = run(model, "reverse").g_effect
@@ -102,7 +102,7 @@ def test_frozen_parameters_do_not_move():
 
 @pytest.mark.parametrize("where", ["model", "terms", "loss"])
 def test_an_error_inside_leaves_everything_as_it_was(where, monkeypatch):
-    """Also one that is no error of the package."""
+    """Errors from outside the package leave everything as it was, too."""
     model = CASES["checkpointed_adapter"].build(torch.float32)
     held, before = slots(model), state(model)
     objective = gf.objectives.WGA(alpha=0.5)

@@ -1,4 +1,4 @@
-"""What a model's code shows of its layout is what trying finds; whatever is unknown is tried."""
+"""A layout known from a model's code is the one that trying finds; unknown models are tried."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_what_is_known_is_what_trying_finds(name, attention):
     found, plan = tried(model)
     own = Plan.of(model)
     assert packs_by_its_code(own) and found == "packed"
-    # Trying teaches the axis of every module; those that may be in doubt are known as well.
+    # Trying teaches the axis of every module; modules that may be in doubt are known from code as
+    # well.
     assert own.axes.items() <= plan.axes.items()
     assert {place for place in plan.axes if place[1] > 2} == set(own.axes)
 
@@ -57,7 +58,7 @@ def test_nothing_else_is_known():
 
 
 def test_heads_as_many_as_tokens():
-    """What trying taught about axes is there without it: else rows could not be told apart."""
+    """Axes are known without a trial, or else rows could not be told apart."""
     forget, retain = samples([2, 2], 1), samples([3], 2)  # four heads
     result = gf.profile(
         build("qwen3"), None, forget=forget, retain=retain, objectives=["ga"], token_budget=4
@@ -65,11 +66,11 @@ def test_heads_as_many_as_tokens():
     assert result.attrs["layout"] == "packed"
 
 
-# ---- whatever was changed is tried ----
+# ---- changed models are tried ----
 
 
 class Own(modeling_llama.LlamaAttention):
-    """A subclass may do anything."""
+    """A subclass, which may do anything."""
 
 
 def swapped(model):
@@ -162,12 +163,12 @@ def test_a_mask_that_lets_samples_meet_is_seen(monkeypatch):
     assert tried(model)[0] == "equal_length"
 
 
-# ---- tried once ----
+# ---- models are tried once ----
 
 
 @pytest.fixture
 def tries(monkeypatch):
-    """How often a model was tried."""
+    """The number of times that a model was tried."""
     count = []
     real = module._try
     monkeypatch.setattr(module, "_try", lambda *a: count.append(1) or real(*a))

@@ -1,4 +1,4 @@
-"""Models that cannot be packed are found out, and profiled exactly all the same."""
+"""Models that cannot be packed are detected, and profiled exactly all the same."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_layout_of_models_that_can(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_samples_that_take_from_each_other_are_run_alone(dtype):
-    """A router with a capacity: exact where a sample is one sequence, as for all but pairs."""
+    """A router with a capacity is exact where one sequence runs at a time, as for all but pairs."""
     forget, retain, _ = data()
     model = ready(Dropping, dtype)
     result = gf.profile(model, None, forget=forget, retain=retain, objectives=["gd"])

@@ -1,7 +1,7 @@
-"""From a batch's first kernel to its last the host waits for nothing; results come once a batch.
+"""The host waits for nothing from a batch's first kernel to its last; results come once a batch.
 
-Engines and per-sample functions run on a device that refuses to be waited for
-(`simulated_device.py`), and must find what they find on the CPU.
+Engines and per-sample functions run on a simulated device that refuses waits
+(`simulated_device.py`), and must give the same results as on the CPU.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def sets():
 
 
 def run(plan, objectives, *, layout="packed", reference=None, **options):
-    """What both passes of the reverse engine find, and over how many batches."""
+    """The results of both passes of the reverse engine, and the number of batches."""
     rows, n_batches = sets(), 0
 
     def batches_of(name, roles):
@@ -97,7 +97,7 @@ def run(plan, objectives, *, layout="packed", reference=None, **options):
 
 
 def compare(model, objectives, device, reference=None, **options):
-    """On the CPU, and on a device that nobody waits for but once a batch."""
+    """Compare the CPU with the simulated device, which allows one wait a batch."""
     model.set_attn_implementation("eager")
     here = Plan.of(model)
     expected = run(here, objectives, reference=reference, **options)[0]
@@ -127,7 +127,7 @@ def compare(model, objectives, device, reference=None, **options):
 )
 def test_reverse_engine(architecture, options, device, monkeypatch):
     if options.get("layout") == "single":
-        # Its look at positions that it counted itself, the one wait a forward.
+        # The model looks at positions that it counted itself: one wait a forward.
         monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
     compare(build(architecture), ("ga", "npo(beta=0.1)", "gd"), device, **options)
 
@@ -138,7 +138,7 @@ def test_objectives(objectives, device):
 
 
 def test_sixteen_bits(device):
-    """As a GPU has it: directions in bf16, gradients added up in fp32."""
+    """As on a GPU, directions are bf16 and gradients are added up in fp32."""
     here = Plan.of(build("llama", torch.bfloat16))
     with device:
         with device.preparing():
@@ -150,12 +150,12 @@ def test_sixteen_bits(device):
 
 
 def waits_of_intervals(resolve):
-    """What rows add to the risks, and their products with a gradient."""
+    """The number of waits for the rows' shares of the risks and their products with a gradient."""
     return 2 if "sample" in resolve else 0
 
 
 def reverse_profiler(resolve, device, monkeypatch, free):
-    """What a profile finds on the CPU, and its profiler on the device with so much free memory."""
+    """A profile's result on the CPU, and its profiler on the device with this much free memory."""
     model = build("llama_tied")
     model.set_attn_implementation("eager")
     given = {**SETS, "objectives": ["gd", "npo(beta=0.1)"], "engine": "reverse"}
@@ -180,13 +180,13 @@ def assert_same_numbers(found, expected):
 
 @pytest.mark.parametrize("resolve", [("group", "sample"), ("parameter",)])
 def test_a_whole_measurement(resolve, device, monkeypatch):
-    """Beside a batch's results: weights, directions and norms are each asked for once."""
+    """Beside a batch's results, weights, directions and norms are each read once."""
     expected, prepared = reverse_profiler(resolve, device, monkeypatch, free=2**40)
     with device:
         found = prepared.measure(weights=True).dataset
         passes = prepared._schedule.passes
         n_batches = sum(len(data_pass.batches) for data_pass in passes)
-        # The weights of tokens are read one objective and batch at a time, at the very end.
+        # Token weights are read one objective and batch at a time, at the very end.
         n_weights = sum(len(each.batches) * len(each.parts) for each in passes)
         values = n_batches if "sample" in resolve else 1
         assert device.waits == values + 4 + n_weights + waits_of_intervals(resolve)
@@ -195,7 +195,7 @@ def test_a_whole_measurement(resolve, device, monkeypatch):
 
 @pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group",)])
 def test_gradients_that_stay_on_the_cpu(resolve, device, monkeypatch):
-    """A GPU without room for them; products bring over what they need."""
+    """The GPU has no room for the gradients; products copy the parts that they need."""
     expected, prepared = reverse_profiler(resolve, device, monkeypatch, free=2**10)
     line = "they stay in the CPU's memory, and ev"
     with device, pytest.warns(gf.errors.GEffectWarning, match=line):
@@ -208,7 +208,7 @@ def test_gradients_that_stay_on_the_cpu(resolve, device, monkeypatch):
     ("architecture", "offset"), [("llama_tied", 0.0), ("phi", 0.0), ("gemma2", 1.0)]
 )
 def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device, monkeypatch):
-    """Results once a batch, and what a reverse pass asks for the risks' gradients."""
+    """Results come once a batch, beside the reads of a reverse pass for the risks' gradients."""
     model = build(architecture)
     given = {**SETS, "objectives": ["gd", "npo(beta=0.1)"], "engine": "forward"}
     given |= {"token_budget": 16, "resolve": ("sample", "token")}
@@ -227,7 +227,7 @@ def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device,
             prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure().dataset
         n_batches = sum(len(data_pass.batches) for data_pass in prepared._schedule.passes)
-        # Weights, values of the risks, their gradients and the inner products of those.
+        # Reads of weights, values of the risks, their gradients, and the gradients' inner products.
         assert device.waits == n_batches + 4 + waits_of_intervals(given["resolve"])
     for name in ("g_effect", "loss", "risk_value"):
         x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
@@ -244,8 +244,10 @@ def losses(model, given):
 
 @pytest.mark.parametrize("architecture", UNLIKE)
 def test_functional(architecture, device, monkeypatch):
-    """They return tensors on the device, and wait once a structure, to see that rows are told
-    apart."""
+    """The functions return tensors on the device, and wait once a structure.
+
+    The one wait is for the check that rows are told apart by sample.
+    """
     model = build(architecture)
     model.set_attn_implementation("eager")
     ids = torch.tensor([row["input_ids"] for row in samples([6, 6, 6], 1)])
@@ -265,7 +267,7 @@ def test_functional(architecture, device, monkeypatch):
         with device.preparing():
             plan = plan_there(here)
             monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
-            # That is the caller's own forward, which may wait.
+            # The caller's own forward may wait.
             monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
             plan.model.config.pad_token_id = None
             ids = ids.to(DEVICE)

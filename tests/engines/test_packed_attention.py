@@ -1,4 +1,4 @@
-"""Packed sequences attend by themselves: when, by whose function, and nothing is left behind."""
+"""Packed sequences attend one by one: the conditions, the function, and no lasting change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def eager():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Shapes of the queries that torch's attention gets, and whether it got a mask."""
+    """Shapes of the queries that torch's attention is called with, and whether there was a mask."""
     seen = []
     attend = nn.functional.scaled_dot_product_attention
 
@@ -65,7 +65,7 @@ def test_sequences_attend_by_themselves(watched):
     watched.clear()
     with packed_attention(model, batch):
         alone = model_outputs(model, batch).token_logprob
-    # Neighbours of one length share a call, in every one of three layers.
+    # Neighbours of one length share a call, in each of three layers.
     shapes = [(2, 4, 5, 4), (1, 4, 9, 4), (1, 4, 3, 4), (2, 4, 9, 4)]
     assert watched == [(shape, False) for shape in shapes] * 3
     torch.testing.assert_close(alone, masked, rtol=1e-9, atol=1e-9)
@@ -113,7 +113,7 @@ def test_a_model_with_attention_of_its_own_runs_as_it_is():
 
 @pytest.mark.parametrize("window", [4, 12, 40])
 def test_windows_are_exact(window):
-    """Some batches run under the model's mask, others by sequence: one number either way."""
+    """Batches run under the model's mask or sequence by sequence, with the same numbers."""
     with fp64_throughout():
         model = build(mistral(window), torch.float64)
         rows, retain = samples([20, 5, 9, 30], 1), samples([8, 13], 2)

@@ -40,11 +40,11 @@ SAME_KIND = {
 COUNTED_BY_THEMSELVES = KIN | SAME_KIND
 
 LENGTHS = [5, 9, 5]
-PADDING = 1  # of RoBERTa; a tokeniser may put it into a sample
+PADDING = 1  # RoBERTa's padding token; a tokeniser may put it into a sample
 
 
 def loss_by_itself(model, rows):
-    """The model's own loss, over all rows as one mean over tokens."""
+    """The model's own loss over all rows, as one mean over tokens."""
     total = n = 0
     with torch.no_grad():
         for row in rows:
@@ -57,7 +57,7 @@ def loss_by_itself(model, rows):
 
 
 def _has_routers(model):
-    """Their loss holds a term of the router's, which is no risk of the data."""
+    """Whether a model has routers, whose term in the loss is no risk of the data."""
     return getattr(model.config, "output_router_logits", False)
 
 
@@ -75,8 +75,11 @@ def profiled(model, rows, **settings):
     ],
 )
 def test_a_risk_is_the_model_s_own_loss(name):
-    """All architectures' is compared by `measure/test_check_and_profile.py`, and their effects by
-    `measure/test_architectures.py`."""
+    """The risk equals the model's own loss.
+
+    `measure/test_check_and_profile.py` compares the loss of all architectures, and
+    `measure/test_architectures.py` their effects.
+    """
     rows = samples(LENGTHS, 1)
     if name in KIN:
         rows[1]["input_ids"][3] = PADDING
@@ -108,7 +111,7 @@ def test_a_reference_that_counts_otherwise_is_not_packed():
         gf.profile(model, None, reference_model=other, **settings)
     with pytest.raises(UnsupportedModelError, match="reference_model: IgnoresPositions does not"):
         gf.check(model, None, data=rows, objectives=["npo"], reference_model=other)
-    gf.profile(Logits(model), None, reference_model=other, **settings)  # neither is packed
+    gf.profile(Logits(model), None, reference_model=other, **settings)  # neither batch is packed
 
 
 # ---- frequencies that follow the longest sequence ----
@@ -144,7 +147,7 @@ def growing(kind, dtype=torch.float64):
 )
 @pytest.mark.parametrize("kind", GROWING)
 def test_a_sample_s_frequencies_are_its_own(kind, lengths, engine):
-    """Whatever is beside it, and whatever ran before: each row's loss is that of a new model."""
+    """The loss of each row is that of a new model, whatever rows are beside it or ran before."""
     rows = samples(DATA[lengths], 1)
     with fp64_throughout():
         model = growing(kind)
@@ -194,11 +197,11 @@ def test_pairs_of_several_lengths_are_refused(kind):
     gf.profile(growing(kind), None, forget=rows[1:], retain=forget, objectives=["dpo"])
 
 
-# ---- what a trial's few tokens do not show ----
+# ---- models that differ only on more tokens than a trial has ----
 
 
 def test_attention_in_chunks_of_a_row_is_not_packed():
-    """A chunk begins wherever the row says, not where a sample does."""
+    """A chunk begins at a place of the packed row, not where a sample begins."""
     settings = SMALL | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1}
     settings |= {"intermediate_size_mlp": 24, "attention_chunk_size": 32, "moe_layers": []}
     rows = samples([20, 20, 20], 1)
@@ -209,7 +212,7 @@ def test_attention_in_chunks_of_a_row_is_not_packed():
 
 
 class Stretched(Logits):
-    """Counts from 0 and by `position_ids`, but in smaller steps where any position is large."""
+    """A model that counts from 0 by `position_ids`, in smaller steps if any position is large."""
 
     def forward(self, input_ids, position_ids=None):
         if position_ids is None:

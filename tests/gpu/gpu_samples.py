@@ -15,7 +15,7 @@ from geffect_fast import ops
 
 
 class DeviceMaker:
-    """Makes tensors of one dtype on the device; a dry run on the CPU gets a sixteenth of a size."""
+    """A maker of tensors of one dtype on the device; a dry run on the CPU gets 1/16 of a size."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         self.dtype = dtype
@@ -61,7 +61,7 @@ def _bilinear_conv1d(make: Make) -> tuple[Any, ...]:
 
 
 def _bilinear_views(make: Make) -> tuple[Any, ...]:
-    """Rows that do not begin on 16 bytes, every other column, one row for all tokens."""
+    """Rows that do not begin on 16 bytes, every other column, and one row for all tokens."""
     a, g, cu = make.rows(2048, 1025, 2048)
     return a[:, 1:], g[:, ::2], make(1, 1024).expand(2, make.size(1024), make.size(1024)), cu
 
@@ -97,7 +97,7 @@ def _gram(n_lists: int, *shapes: tuple[int, ...]) -> Callable[[Make], Any]:
 
 
 def _gram_views(make: Make) -> tuple[Any, ...]:
-    """Transposed in one list alone, off 16 bytes in another, and expanded."""
+    """Lists transposed in one place, off 16 bytes in another, and expanded."""
     weight = make(2048, 1024)
     lists = [
         [make(1024, 2048).T, make(4097)[1:], make(4096)],
@@ -151,10 +151,10 @@ def large_sample(name: str, dtype: torch.dtype) -> Sample:
 
 
 def expected_and_scale(sample: Sample) -> tuple[Tensor, Tensor]:
-    """Return the result in fp64, and what rounding errors are compared with.
+    """Return the result in fp64, and the scale that rounding errors are compared with.
 
-    That is the result's size plus the root of the sum of its squared terms: sums of independent
-    terms are that large, and so are the sums on the way to a result that is small by chance.
+    The scale is the result's size plus the root of the sum of its squared terms: independent terms
+    add up to that size, and so do partial sums of a result that is small by chance.
     """
     expected = _evaluate(sample, lambda x: x)
     return expected, expected.abs() + _evaluate(sample, torch.square).sqrt()

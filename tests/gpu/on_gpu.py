@@ -1,7 +1,7 @@
-"""The device of the tests in this folder, and how tensors and samples come to it.
+"""The device of the tests in this folder, and functions that move tensors and samples to it.
 
-Importing this skips the module that does it where there is no GPU or no CUDA kernel to test. Set
-`GEFFECT_FAST_GPU_TEST_DEVICE=cpu` to run what needs no GPU on small sizes: a test of the tests.
+An import of this module skips the importing one where there is no GPU or no CUDA kernel. Set
+`GEFFECT_FAST_GPU_TEST_DEVICE=cpu` to run all tests that need no GPU on small sizes, as a dry run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def skip_unless_cuda_kernel(op: str) -> None:
-    """The reference reads offsets on the host: it waits for the device by its nature."""
+    """Skip a test that the reference cannot pass: it reads offsets on the host, and so waits."""
     if not backend.has_native(op, "cuda"):
         pytest.skip(f"{op} has no CUDA kernel")
 
@@ -58,7 +58,7 @@ def skip_unless_free(n_bytes: int, what: str) -> None:
 
 
 def moved(tensor: Tensor) -> Tensor:
-    """`tensor` on the device, with its strides, its misalignment and what lies between."""
+    """`tensor` on the device, with its strides, its misalignment and its gaps between elements."""
     if tensor.device == DEVICE:
         return tensor
     memory = tensor.new_empty(0).set_(tensor.untyped_storage())
@@ -66,7 +66,7 @@ def moved(tensor: Tensor) -> Tensor:
 
 
 def on_device(sample: Sample) -> Sample:
-    """The sample with its data on the device; groups of tensors are the host's business."""
+    """The sample with its data on the device; the grouping of tensors stays on the host."""
 
     def move(arg: Any) -> Any:
         if isinstance(arg, list):
@@ -78,10 +78,10 @@ def on_device(sample: Sample) -> Sample:
 
 
 def poison_free_memory() -> None:
-    """Fill what the allocator would hand out with 0xff: NaN in every dtype, -1 as an index."""
+    """Fill free blocks of the allocator with 0xff: NaN in every dtype, -1 as an index."""
     if not IS_GPU:
         return
-    # Enough free memory that what comes next is not taken, zeroed, from the driver.
+    # Enough memory is free that later requests are not served, zeroed, by the driver.
     seeds = [torch.empty(2**20, dtype=torch.uint8, device=DEVICE) for _ in range(4)]
     seeds.append(torch.empty(2**29, dtype=torch.uint8, device=DEVICE))
     del seeds
@@ -90,7 +90,7 @@ def poison_free_memory() -> None:
     for segment in torch.cuda.memory_snapshot():
         if segment["device"] != torch.cuda.current_device() or segment["stream"] != stream:
             continue
-        # Requests of up to 1 MiB, and only those, are served from the segments of small blocks.
+        # Requests of up to 1 MiB, and no others, are served from the segments of small blocks.
         most = 2**20 if segment["segment_type"] == "small" else 2**40
         for block in segment["blocks"]:
             if block["state"] == "inactive":

@@ -1,4 +1,4 @@
-"""Every op, form and dtype once on small ragged samples: what compute-sanitizer looks at.
+"""A program for compute-sanitizer: every op, form and dtype once on small ragged samples.
 
 python tests/gpu/sanitizer_case.py            # with the package on the path; DEVICE to try it out
 """
@@ -21,7 +21,7 @@ FORMS = {
 
 
 def run_all(dtype: torch.dtype, d_in: int, d_out: int) -> None:
-    """Call every op on tensors of one dtype, with rows on 16 bytes or not."""
+    """Call every op on tensors of one dtype, with rows that begin on 16 bytes or not."""
     bounds = torch.tensor([0, 3, 3, 70, 75, 210], dtype=torch.int32, device=DEVICE)
     total = int(bounds[-1])
 
@@ -44,7 +44,7 @@ def run_all(dtype: torch.dtype, d_in: int, d_out: int) -> None:
 
 
 def run_wrong_offsets() -> None:
-    """Offsets that point anywhere are not followed."""
+    """Check that offsets which point anywhere are not followed."""
     a = torch.randn(50, 24, device=DEVICE).bfloat16()
     for wrong in ([0, 2**31 - 1, 50], [0, -7, 50], [0, 40, 20, 50]):
         bounds = torch.tensor(wrong, dtype=torch.int32, device=DEVICE)
@@ -55,7 +55,7 @@ def run_wrong_offsets() -> None:
             lambda b: ops.ghost_dot(a, a, b, a, a, b),
         )
         for call in calls:
-            with suppress(RuntimeError, ValueError):  # what the last call has left to report
+            with suppress(RuntimeError, ValueError):  # the last call leaves an error to report
                 call(bounds)
 
 

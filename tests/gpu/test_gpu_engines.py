@@ -63,7 +63,7 @@ def reverse(
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Equal relative to a parameter's largest share, or a thousandth of the model's largest."""
+    """Compare relative to a parameter's largest share, or a thousandth of the model's largest."""
     found, expected = found.cpu().double(), expected.cpu().double()
     scale = expected.abs().amax(-1, keepdim=True).clamp(min=1e-3 * float(expected.abs().max()))
     assert float(((found - expected).abs() / scale).max()) <= tolerance

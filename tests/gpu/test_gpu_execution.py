@@ -1,4 +1,4 @@
-"""What ops promise about streams, graphs, devices and waiting."""
+"""Guarantees of the ops about streams, graphs, devices and waiting."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_streams_side_by_side_give_the_same_bits(op: str) -> None:
 @EVERY_OP
 @TYPES
 def test_work_is_put_on_the_current_stream(op: str, dtype: torch.dtype) -> None:
-    """On any other stream it would read what the inputs hold before the sleep is over: NaN."""
+    """On any other stream the op would read the NaN that inputs hold before the sleep is over."""
     values = tensors_of(op, dtype)
     expected = call(op, values)
     inputs = [torch.full_like(x, torch.nan) if x.is_floating_point() else x for x in values]
@@ -73,7 +73,7 @@ def test_work_is_put_on_the_current_stream(op: str, dtype: torch.dtype) -> None:
 
 @contextmanager
 def synchronisation_is_an_error() -> Iterator[None]:
-    """torch raises where it waits; what waits without torch finds the stream idle afterwards."""
+    """Raise where torch waits for the device; a wait outside of torch leaves the stream idle."""
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP)
     torch.cuda.set_sync_debug_mode("error")
@@ -93,7 +93,7 @@ def test_calls_do_not_wait_for_the_device(op: str, dtype: torch.dtype) -> None:
     skip_unless_cuda_kernel(op)
     tensors = tensors_of(op, dtype)
     expected = call(op, tensors)
-    call(op, tensors)  # leaves as much free memory as the next call takes
+    call(op, tensors)  # frees as much memory as the next call takes
     with synchronisation_is_an_error():
         found = call(op, tensors)
     assert torch.equal(found, expected)

@@ -33,7 +33,7 @@ BF16 = torch.bfloat16
 
 
 def filled(*shape: int, seed: int = 0) -> Tensor:
-    """Random bf16 numbers, made piece by piece: no second copy in another precision."""
+    """Random bf16 numbers, made piece by piece: there is no second copy in another precision."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     out = torch.empty(*shape, dtype=BF16, device=DEVICE)
     for piece in out.view(-1).split(CHUNK):
@@ -61,7 +61,7 @@ def test_gram_of_more_than_2_31_elements() -> None:
     skip_unless_free(11 * GIB, "a Gram matrix of two tensors of 2^31 + 17 elements")
     x, y = filled(HUGE), filled(HUGE, seed=1)
     for tensor in (x, y):
-        tensor[-17:] = 3000.0  # so much that leaving them out shows in every product
+        tensor[-17:] = 3000.0  # so many that results without them differ in every product
     found = ops.multi_tensor_gram([[x], [y]])
     expected = torch.zeros(1, 2, 2, dtype=torch.float64, device=DEVICE)
     for pieces in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -154,7 +154,7 @@ PAST_THE_CHECKS: dict[str, tuple[Any, ...]] = {
 @gpu_only
 @pytest.mark.parametrize("op", PAST_THE_CHECKS)
 def test_kernel_refuses_two_devices(op: str) -> None:
-    """Memory of the host would be read by the device where nobody has checked before."""
+    """Without a check before, the device would read memory of the host."""
     tensors = tensors_of(op, BF16)
     if op == "segment_dot":
         tensors[:2] = [tensor if tensor.dim() == 3 else tensor[None] for tensor in tensors[:2]]
@@ -165,7 +165,7 @@ def test_kernel_refuses_two_devices(op: str) -> None:
             kernel(*mixed, *PAST_THE_CHECKS[op])
 
 
-# ---- wrong offsets, which nobody reads before the kernels do ----
+# ---- wrong offsets, which are not read before the kernels run ----
 
 OFFSETS_AT = {
     "segment_bilinear": (3,),
@@ -190,10 +190,10 @@ WRONG: dict[str, Callable[[list[int]], list[int]]] = {
 def test_wrong_offsets_are_nan_and_reported_once(
     op: str, at: int, index64: bool, wrong: str, dtype: torch.dtype
 ) -> None:
-    """No access outside of the tensors; NaN in the results they touch; the next call says so."""
+    """Accesses stay inside of tensors; the results they touch are NaN; the next call says so."""
     skip_unless_cuda_kernel(op)
     tensors = tensors_of(op, dtype)
-    with suppress(RuntimeError):  # what a test that failed has left to report
+    with suppress(RuntimeError):  # a failed test may leave an error to report
         call(op, tensors)
     # Segments of a few tokens each, so that every wrong offset is wrong.
     total = int(tensors[at][-1])

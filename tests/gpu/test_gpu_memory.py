@@ -62,7 +62,7 @@ def test_a_profile_takes_most_of_the_memory_and_not_all(
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """What the process may take of the device: what it has, and one GiB and a half."""
+    """Limit the process's memory on the device to its present share and 1.5 GiB."""
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved(DEVICE)

@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer finds nothing: accesses out of bounds, races in shared memory."""
+"""NVIDIA's compute-sanitizer finds no access out of bounds and no race in shared memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECONDS = 120
 
 
 def find_sanitizer() -> str | None:
-    """Return compute-sanitizer of PATH, CUDA_HOME or the toolkit's usual place."""
+    """Return the compute-sanitizer of PATH, of CUDA_HOME or of the toolkit's usual place."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [Path(home) / "bin" for home in homes if home]
     places = [os.environ.get("PATH", ""), *map(str, folders)]
@@ -35,13 +35,13 @@ def command(tool: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All tools at once: each spends most of its time on one processor core."""
+    """Run all tools at once: each spends most of its time on one processor core."""
     if IS_GPU and find_sanitizer() is None:
         pytest.skip("compute-sanitizer is neither in PATH nor under CUDA_HOME")
     environment = {
         **os.environ,
         "PYTHONPATH": str(CASE.parents[2]),
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # each tensor ends where its memory ends
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # each tensor ends at the end of its memory
     }
     if not IS_GPU:
         environment["DEVICE"] = "cpu"

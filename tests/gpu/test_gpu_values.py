@@ -43,7 +43,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("dtype", "index"), TABLE)
 def test_table_equals_formula_and_itself(dtype: torch.dtype, index: int) -> None:
-    """float64 is served by the reference."""
+    """The reference serves float64."""
     sample = sample_inputs(dtype)[index]
     there = on_device(sample)
     poison_free_memory()
@@ -81,7 +81,7 @@ def test_large_equals_formula_and_itself(name: str, dtype: torch.dtype) -> None:
 def test_every_form_equals_formula(
     name: str, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever form the sizes and the device would choose."""
+    """The form is forced, whichever form the sizes and the device would choose."""
     sample = large_sample(name, dtype)
     bilinear = sample.op == "segment_bilinear"
     monkeypatch.setenv(f"GEFFECT_FAST_{'BILINEAR' if bilinear else 'GHOST'}_FORM", form)
@@ -96,7 +96,7 @@ def assert_large_is_right(sample: Sample) -> None:
     expected, scale = expected_and_scale(sample)
     assert found.shape == expected.shape
     error = (found.double() - expected).abs()
-    # Tensor cores cut off what does not fit when they add 16 products to a sum, as in any GEMM.
+    # Tensor cores drop low bits when they add 16 products to a sum, as in any GEMM.
     allowed = torch.finfo(torch.float32).eps * (300 + matmul_depth(sample) / 16) * scale
     worst = (error - allowed).argmax()
     assert bool((error <= allowed).all()), (

@@ -1,4 +1,4 @@
-"""Runs of `check` on short rows, and what it says."""
+"""Runs of `check` on short rows, and the text that `check` prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory tensors take at most, on any device and with any allocator."""
+"""The most memory that tensors take, on any device and with any allocator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of all storages that operations inside make, for as long as they live.
+    """A count of the bytes of all storages that operations make inside, while the storages live.
 
     Attributes:
         most: the largest sum so far.

@@ -1,4 +1,4 @@
-"""Folders of adapters: loaded with their base model, or one line that says why not."""
+"""Folders of adapters: they load with their base model, or one line says why not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft")
 
 
 def make(study, folder, **settings):
-    """An adapter on the study's model, saved as peft saves it, away from its starting point."""
+    """Save an adapter on the study's model as peft does, away from its starting point."""
     torch.manual_seed(3)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(load_model(study / "model"), config)
@@ -79,7 +79,7 @@ def arguments(study, model, out, *more):
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_profile_of_an_adapter_folder(study, adapter, tmp_path, dtype):
-    """The adapter's parameters only; a replay gives the same bits."""
+    """A profile covers the adapter's parameters only; a replay gives the same bits."""
     out, again = tmp_path / "run", tmp_path / "again"
     assert main(arguments(study, adapter, out, "--dtype", dtype)) == 0
     result = open_run(out)
@@ -98,7 +98,7 @@ def test_check_of_an_adapter_folder(study, adapter, capsys):
 
 
 def test_an_adapter_as_reference(study, adapter, tmp_path):
-    """The model itself is the adapter's base: so the reference is not the model, nor its base."""
+    """The model is the adapter's base, so the reference is neither the model nor its base."""
     words = ("--objectives", "npo", "--reference", adapter)
     assert main(arguments(study, study / "model", tmp_path / "run", *words)) == 0
     assert main(arguments(study, study / "model", tmp_path / "own", "--objectives", "npo")) == 0

@@ -1,4 +1,4 @@
-"""Effects at the original model beside changes: what is read, what is compared, what is refused."""
+"""Effects at the original model beside changes of measures: reading, comparing, refusing."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def results(n=6, **more):
 
 
 def measures(names, values, metrics=("probability",)):
-    """Measures of the original, all 1, and of runs' models: `values` (run, metric, set)."""
+    """Measures of the original, all 1, and of the runs' models: `values` (run, metric, set)."""
     models = ["original", *names]
     table = np.concatenate([np.ones((1, *values.shape[1:])), values])
     return xr.Dataset(
@@ -69,7 +69,7 @@ def test_effects_are_those_of_the_trained_objective_at_step_0():
 
 
 def test_further_effects_that_runs_hold_are_predictors_too():
-    """Such as effects that know the optimizer, whatever they are called."""
+    """Any effect is a predictor under its own name, such as one that knows the optimizer."""
     runs = results()
     for i, name in enumerate(runs):
         effect = runs[name]["g_effect"] * (i + 2)
@@ -101,7 +101,7 @@ def test_learning_rates_that_differ_bring_the_step_that_they_predict():
 def test_changes_are_from_the_original_and_what_predicts_them_is_found():
     runs = results()
     alone = gf.against_effects(runs, random_measures(runs)).effect
-    e_u = alone.sel(predictor="e_u").values.round(5)  # ga and ga + kl are all but alike
+    e_u = alone.sel(predictor="e_u").values.round(5)  # ga and ga + kl nearly agree
     values = np.stack([1 + e_u**3, 1 - np.arange(6)[[2, 0, 4, 5, 1, 3]]], axis=-1)[:, None]
     given = measures(runs, values)
     found = gf.against_effects(runs, given)
@@ -113,7 +113,7 @@ def test_changes_are_from_the_original_and_what_predicts_them_is_found():
 
 
 def test_effects_that_differ_by_rounding_are_tied():
-    """As of ga and ga + kl at the original model; an order of rounding errors tells nothing."""
+    """Effects of ga and ga + kl at the original model agree: rounding errors give no order."""
     runs = results()
     for name in runs:
         factor = 1 + 1e-7 * float(name[-1])
@@ -139,7 +139,7 @@ REFUSED = {
     "no steps": (
         lambda r: r | {"run 0": r["run 0"].isel(step=0)},
         random_measures,
-        "run 0 is of no training on one objective",
+        "run 0 is not the result of a training on one objective",
     ),
     "begun later": (
         lambda r: r | {"run 0": r["run 0"].isel(step=[1, 2])},

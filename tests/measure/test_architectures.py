@@ -1,6 +1,6 @@
-"""Every architecture of the table is exact, for every parameter and sample, by the rules it names.
+"""Every architecture of the table is exact for every parameter and sample, by the rules it names.
 
-A row that falls back to a slower rule or layout fails, as does one that is not exact.
+A row fails if it is not exact, or falls back to a slower rule or layout.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def expected(name, forget, retain):
     [*FIVE, *(pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES if n not in FIVE)],
 )
 def test_effects_equal_one_sample_at_a_time(name):
-    """In fp64; `test_check_and_profile.py` has them in fp32."""
+    """This comparison is in fp64; `test_check_and_profile.py` has one in fp32."""
     forget, retain = samples(FORGET, 1, 2), samples(RETAIN, 2, 2)
     plain, model, other = expected(name, forget, retain)
     with fp64_throughout():

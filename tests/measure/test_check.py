@@ -77,7 +77,7 @@ def test_which_rule_captured_each_kind():
 
 
 class WithoutPositions(nn.Module):
-    """GPT-2 that counts positions itself: it cannot be packed."""
+    """GPT-2 that counts positions itself, so that it cannot be packed."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ class WithoutPositions(nn.Module):
 
 
 class Routed(nn.Module):
-    """Tokens go to one of three experts by their id, so rows cannot be told apart by sample."""
+    """Three experts, one for each token by its id, so that rows cannot be told apart by sample."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-# ---- what it is compared with ----
+# ---- the reference of the comparison ----
 
 
 def test_plain_autograd_is_that_of_the_formulas():
@@ -197,12 +197,12 @@ def test_progress_ends_where_it_was_said_to(free, monkeypatch):
     rows = samples(LENGTHS, prompt=3)
     sample_set = gf.data.tokenize_rows(rows, None, name="data")
     objectives = [parse("ga"), parse("gd")]
-    model = build("llama", torch.float64)  # as the two ways sum in another order
+    model = build("llama", torch.float64)  # the two ways sum in different orders
     ticks: list[int] = []
     found = plain_numbers(model, sample_set, objectives, None, ticks.append)
     assert sum(ticks) == plain_tokens(model, sample_set, objectives)
     n = len(rows)
-    # Both terms of gd, one of which is ga, read what the risk reads.
+    # Both terms of gd, one of which is ga, read the rows that the risk reads.
     assert len(ticks) == (n if free else n * (n + 1) // 2 + n + 2 * n)
     monkeypatch.setattr(plain, "free_memory", lambda _: 2**40 - free)
     other = plain_numbers(model, sample_set, objectives, None, [].append)
@@ -257,7 +257,7 @@ def test_an_objective_without_a_gradient_is_refused_in_every_precision(dtype):
 
 
 class Opaque(Routed):
-    """A module of it returns what no hook can look into."""
+    """A module that returns an object no hook can look into."""
 
     def __init__(self):
         super().__init__()

@@ -22,7 +22,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def smallest(name):
-    """A row of the table with one layer, where it has two of one kind."""
+    """The architecture of a row with one layer, where the row has two of one kind."""
     row = ARCHITECTURES[name]
     # RWKV's initial weights divide by the number of layers less one.
     alike = name != "rwkv" and not any(isinstance(v, list) for v in row.settings.values())
@@ -44,7 +44,7 @@ ONE_OF_EACH = {
 
 
 def rows(n):
-    """Short, of two lengths."""
+    """Short rows of two lengths."""
     return samples([4, 5, 4, 5][:n], 1)
 
 
@@ -57,7 +57,7 @@ def checked(model, n):
 
 
 def both_serve(model, n):
-    """What both found."""
+    """The result of the profile and of the check."""
     result, found = profiled(model, n), checked(model, n)
     assert found.exact, verdict(found)
     assert result.attrs["layout"] == found.layout
@@ -67,9 +67,9 @@ def both_serve(model, n):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_both_serve_it(name):
-    """Wrappers by the rules that their table names; `test_architectures.py` has architectures'.
+    """Wrappers are served by the rules of their table; `test_architectures.py` has architectures.
 
-    The own loss of all architectures but one is the risk.
+    The model's own loss is the risk, except for one architecture.
     """
     result, found = both_serve(MODELS[name](), SEVERAL)
     if name in ARCHITECTURES:

@@ -20,7 +20,7 @@ from geffect_fast.report.tables.check import verdict
 
 
 def scaled(rule, which, by):
-    """A rule's `factors` with one parameter's factor scaled, as a wrong formula would."""
+    """A rule's `factors` with one parameter's factor scaled, as by a wrong formula."""
     original = rule.factors
 
     def factors(self, g, segments):
@@ -135,7 +135,7 @@ def test_a_parameter_that_no_rule_captured_is_named(monkeypatch):
 
 
 def test_fp32_rounding_is_told_from_a_deviation_by_fp64(monkeypatch):
-    """Deep models round by more than the tolerance; a wrong rule is still found then."""
+    """Deep models round by more than the tolerance; a wrong rule is found even then."""
     monkeypatch.setitem(TOLERANCE, torch.float32, 1e-7)
     found = run(build("llama"))
     assert found.exact and found.wider == "float64"

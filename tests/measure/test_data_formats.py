@@ -1,4 +1,4 @@
-"""Commands on data as people have them: the numbers are those of the same tokens, given as such."""
+"""Commands on data in common formats give the numbers of the same rows given as tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from its config: what was chosen is recorded, settings of the process are given back."""
+"""A run from its config: choices are recorded, and settings of the process are restored."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A measurement keeps all bits of fp32, whatever a training next to it may drop."""
+"""A measurement keeps all bits of fp32, whatever precision the training beside it uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DATA = {"forget": samples([9, 12], 1), "retain": samples([8, 11], 2)}
 
 @pytest.fixture
 def dropped(monkeypatch):
-    """The precision that products had in forwards, in order, where users let go of bits."""
+    """The precision of products in each forward, in order, where users allow lower precision."""
     seen = []
     plain = LlamaMLP.forward
 

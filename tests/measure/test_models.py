@@ -1,4 +1,4 @@
-"""Loading models: what is whole comes as it was saved; what is broken is in `bad_input/models`."""
+"""Loading models: sound models come as they were saved; broken ones are in `bad_input/models`."""
 
 import shutil
 

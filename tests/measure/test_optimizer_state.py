@@ -1,4 +1,4 @@
-"""The state that a Trainer's checkpoint holds says of every parameter what the live one says."""
+"""The optimizer state of a Trainer's checkpoint gives the same numbers as the live optimizer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def profile(model, metric, optimizer):
 
 
 def test_a_checkpoints_optimizer_is_the_live_one(tmp_path):
-    """Its two groups are told apart by what decays, and its parameters by their order in them."""
+    """The saved groups differ by weight decay, and parameters keep their order within a group."""
     model = build("llama_tied")
     trainer, checkpoint = trained(model, tmp_path)
     live = profile(model, "adamw", trainer.optimizer)
@@ -124,7 +124,7 @@ def test_files_that_hold_no_state_are_refused(content, said, tmp_path):
 
 
 def test_checkpoints_bring_the_state_of_their_own_optimizers(tmp_path):
-    """The model before training has none: NaN there, and the others as a profile has them."""
+    """The model before training has no state: NaN there; the others are as in a profile."""
     model = build("llama")
     model.save_pretrained(tmp_path / "before")
     _, checkpoint = trained(model, tmp_path / "out")
@@ -151,7 +151,7 @@ def test_the_command_reads_it_and_replays(study, tmp_path, monkeypatch, capsys):
     train += ["adamw_torch", "--trainer", "weight_decay=0.1", "--keep-checkpoints", "--quiet"]
     assert main([*train, "--out", "trained"]) == 0
     checkpoint = max(file.parent for file in (here / "trained").rglob("optimizer.pt"))
-    checkpoint = shutil.copytree(checkpoint, here / "kept")  # that of a run may not change
+    checkpoint = shutil.copytree(checkpoint, here / "kept")  # a run's own may not change
     words[1] = str(checkpoint)
     more = ["--metric", "adamw", "--optimizer-state", str(checkpoint), "--resolve", "group"]
     capsys.readouterr()
@@ -167,4 +167,4 @@ def test_the_command_reads_it_and_replays(study, tmp_path, monkeypatch, capsys):
     torch.save(state, checkpoint / "optimizer.pt")
     capsys.readouterr()
     assert main(["profile", "--config", "run/run.yaml", "--out", "third", "--quiet"]) == 0
-    assert "--optimizer-state" in capsys.readouterr().err  # a replay names what was replaced
+    assert "--optimizer-state" in capsys.readouterr().err  # a replay names the replaced file

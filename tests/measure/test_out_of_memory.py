@@ -1,4 +1,4 @@
-"""Where memory runs out, batches are redone in smaller ones, and the numbers are the same."""
+"""Where memory runs out, batches are redone in smaller ones, and the numbers stay the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fail():
 
 
 class FailsBackward(torch.autograd.Function):
-    """The identity; its backward finds memory for gradients of so many tokens."""
+    """The identity, whose backward finds memory for gradients of only so many tokens."""
 
     @staticmethod
     def forward(ctx, x, limit):
@@ -44,9 +44,9 @@ class FailsBackward(torch.autograd.Function):
 
 @pytest.fixture
 def scarce(monkeypatch):
-    """Memory that runs out in the layers of Llamas, forward or backward, beyond `limit` tokens.
+    """Have memory run out in the layers of Llamas, forward or backward, beyond `limit` tokens.
 
-    In the backward only at every `every`-th layer, so that some of an objective, or some of the
+    Backwards fail only at every `every`-th layer, so that some of an objective, or some of the
     objectives, is done by then.
     """
     forward = LlamaMLP.forward
@@ -144,7 +144,7 @@ def test_in_batches_side_by_side(where, scarce):
     given = {"forget": forget, "objectives": ["ga", "npo"], "token_budget": 100}
     model, other = two_models()
     for each in (model, other):
-        each.lm_head.register_forward_hook(lambda *_: None)  # so that it is tried
+        each.lm_head.register_forward_hook(lambda *_: None)  # so that the layout is tried
     with fp64_throughout(), pytest.MonkeyPatch().context() as patch:
         patch.setattr("geffect_fast.measure.prepare.choose_layout", lambda *_: "equal_length")
         expected = numbers(model, other, **given)
@@ -180,7 +180,7 @@ def test_later_measurements_begin_with_what_fits(scarce):
 
 
 def halved(where):
-    """A line says that the budget was halved; samples of which no two fit are not packed at all."""
+    """Expect a warning that the budget was halved; samples of which no two fit are not packed."""
     return contextlib.nullcontext() if where == "forward" else pytest.warns(GEffectWarning)
 
 

@@ -1,4 +1,4 @@
-"""A model's own loss is the risk, or the output says what it is instead."""
+"""A model's own loss is the risk, or the output names the difference."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def unshifted(name):
 
 
 def by_itself(model, row, move=0):
-    """The model's own loss of one row, its labels moved to the left by the caller."""
+    """The model's own loss of one row, with its labels moved to the left by the caller."""
     ids = torch.tensor([row["input_ids"]])
     labels = torch.cat([ids[:, move:], ids.new_full((1, move), -100)], 1)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def by_itself(model, row, move=0):
 
 
 def warned(model, rows=ROWS):
-    """A profile, and what it warned of."""
+    """A profile and its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = gf.profile(model, None, forget=rows, retain=rows[:1], objectives=["ga"])
@@ -93,7 +93,7 @@ def warned(model, rows=ROWS):
 
 
 def printed(model, rows=ROWS):
-    """What `check` prints."""
+    """The printed text of `check`."""
     console = Console(width=1000)
     with console.capture() as captured:
         console.print(render_check(gf.check(model, None, data=rows, samples=2)))
@@ -101,7 +101,7 @@ def printed(model, rows=ROWS):
 
 
 def predicted_before(model, rows=ROWS):
-    """The loss over all rows of labels that the caller moved, as one mean over tokens."""
+    """The loss over all rows as one mean over tokens, with labels that the caller moved."""
     counts = [len(row["input_ids"]) - 1 for row in rows]
     losses = [by_itself(model, row, 1) for row in rows]
     return sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
@@ -112,7 +112,7 @@ def test_labels_at_their_own_places_are_said_to_be(name):
     model = unshifted(name)
     found, said = warned(model)
     own = by_itself(model, ROWS[0])
-    if name == "ProphetNetForCausalLM":  # the mean over its two streams, the second one further on
+    if name == "ProphetNetForCausalLM":  # a mean over two streams, one of them a place further on
         assert found.attrs["own_loss"] == "other" and "a term, a scale" in said[0]
     else:
         assert found.attrs["own_loss"] == "unshifted"
@@ -122,15 +122,15 @@ def test_labels_at_their_own_places_are_said_to_be(name):
         assert "does not shift labels" in said[0]
     assert len(said) == 1 and "\n" not in said[0]
     assert found.attrs["own_loss_note"] in said[0]
-    if name in ("BartForCausalLM", "ProphetNetForCausalLM"):  # one of each kind
+    if name in ("BartForCausalLM", "ProphetNetForCausalLM"):  # one architecture of each kind
         assert f"Model: {found.attrs['own_loss_note']}." in printed(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom", "mixtral", "mamba", "olmoe"])
 def test_architectures_of_every_kind(name):
-    """Their own loss is the risk, found in one short forward, or in none.
+    """The own loss is the risk, found by one short forward, or known without a forward.
 
-    `test_check_and_profile.py` has that of every architecture.
+    `test_check_and_profile.py` compares the own loss of every architecture.
     """
     model = build(name)
     runs = []
@@ -151,7 +151,7 @@ def test_architectures_of_every_kind(name):
 
 
 class WithLoss(Routed):
-    """Gives a loss of its own where it is given labels."""
+    """A model that gives a loss of its own where it is given labels."""
 
     def __init__(self, own):
         super().__init__()
@@ -244,7 +244,7 @@ def test_other_logits_beside_labels_are_refused():
 
 
 def test_a_loss_that_the_user_sets_is_looked_at():
-    """Models whose code was read are known by transformers' own loss alone."""
+    """Models known by their code are known with transformers' own loss alone."""
     model = build("llama")
     model.loss_function = lambda logits, labels, **_: (
         3 * F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

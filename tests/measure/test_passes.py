@@ -1,4 +1,4 @@
-"""How many forward and backward passes a profile takes."""
+"""The number of forward and backward passes that a profile takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORWARD = {"engine": "forward", "resolve": ("sample", "token"), "norms": False}
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Forward passes of whole models, and backward passes from their logits."""
+    """Counts of forward passes of whole models, and of backward passes from their logits."""
     count = Counter()
 
     def arrived(_g):
@@ -31,7 +31,7 @@ def passes(monkeypatch):
         def run(self, *args, **kwargs):
             count["forward"] += 1
             answer = forward(self, *args, **kwargs)
-            # In the forward engine gradients are enabled, and nobody asks for any.
+            # The forward engine enables gradients, though nothing asks for a gradient.
             if answer.logits.requires_grad:
                 answer.logits.register_hook(arrived)
             return answer
@@ -65,7 +65,7 @@ def test_the_second_profile_of_a_model_that_was_tried_takes_as_many(passes):
 
 
 def test_forward_takes_two_risk_gradients_and_one_dual_pass(passes):
-    """The first profile of a model tries forward mode, on a few tokens: a backward, a dual pass."""
+    """A first profile also tries forward mode on a few tokens: one backward, one dual pass."""
     model = build("llama")
     profile(model, **FORWARD)
     assert passes == {"forward": 3 + 2, "backward": 2 + 1}

@@ -1,4 +1,4 @@
-"""What of gradients opposes the retain risk's, place by place, against plain autograd."""
+"""Parts of gradients that oppose the retain risk's, place by place, against plain autograd."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measured(model, resolve=FINE, objectives=OBJECTIVES, forget=FORGET, **settin
 
 @contextlib.contextmanager
 def weights_of_places(model, n):
-    """Inside, each module computes place `t` of what it returns by its own copies of parameters.
+    """Have each module compute place `t` of its output by its own copies of parameters.
 
     Yields the copies, n of every parameter by its name; a tied one has the same in all modules.
     """
@@ -80,7 +80,7 @@ def weights_of_places(model, n):
 
 
 def share_of(objective, model, row, retained):
-    """The row's share of an objective's value; None where it does not read the row."""
+    """The row's share of an objective's value; None where the objective does not read the row."""
     logp = token_logprobs(model, row)
     if retained:
         return 2 * mean_over("token", RETAIN, -logp) if "gd" in objective else None
@@ -91,7 +91,7 @@ def share_of(objective, model, row, retained):
 
 
 def brute_force(model, retain):
-    """Sizes, and those of what opposes, `(2, objective, parameter, sample, position)`."""
+    """Sizes, and sizes of opposing parts, `(2, objective, parameter, sample, position)`."""
     rows = [(row, False) for row in FORGET] + [(row, True) for row in RETAIN]
     longest = max(len(row["input_ids"]) for row, _ in rows)
     found = np.zeros((2, len(OBJECTIVES), len(retain), len(rows), longest))
@@ -129,11 +129,11 @@ def test_each_place_is_that_of_plain_autograd(architecture, dtype):
         model = build(architecture, dtype)
         found = measured(model)
         result = found.dataset
-        # Signs of what is only rounding (the gradients of biases of keys) are those of the profile.
+        # Signs of pure rounding (the gradients of biases of keys) are those of the profile.
         retain = {name: of[1] for name, of in found.directions.items()}
         mass, opposing = brute_force(model, retain)
     assert result.place_mass.dims == result.place_conflict_share.dims == ("objective", *FINE)
-    scale = mass.max((0, 2, 3), keepdims=True)  # of each parameter
+    scale = mass.max((0, 2, 3), keepdims=True)  # for each parameter
     assert (scale > 0).all()
     share = result.place_conflict_share.values
     np.testing.assert_allclose(result.place_mass / scale, mass / scale, rtol=0, atol=tolerance)
@@ -205,7 +205,7 @@ def test_rows_of_several_sequences_and_sums_that_read_one_row_twice(monkeypatch)
     apart = measured(model, wanted, ["dpo", "po", "ga + po", "ga"], **settings).dataset
     mass = apart.place_mass.sel(objective="ga + po")
     parts = apart.place_mass.sel(objective=["ga", "po"])
-    np.testing.assert_allclose(mass, parts.sum("objective"), rtol=1e-5)  # of other places each
+    np.testing.assert_allclose(mass, parts.sum("objective"), rtol=1e-5)  # for every other place
     read = apart.place_mass.isel(sample=slice(len(FORGET))) > 0
     for sequence, objectives in enumerate((["dpo", "ga + po", "ga"], ["dpo", "po", "ga + po"])):
         here = read.where(apart.sequence == sequence, False).any("position").all("sample")

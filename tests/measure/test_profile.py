@@ -185,8 +185,8 @@ def test_identities_between_objectives():
         summed = run(model, forget, retain, ["ga"], reduction="sum").g_effect
     np.testing.assert_allclose(e[1], e[0], rtol=1e-12)
     np.testing.assert_allclose(e[3], e[2], rtol=1e-12)
-    # At theta = reference: tnpo is ga (2 sigmoid(0) = 1), npo the summed ga with weight 1/B. The
-    # risk of the second run is a sum too, so each risk is scaled back by its number of tokens.
+    # At theta = reference, tnpo is ga (2 sigmoid(0) = 1), and npo is the summed ga with weight 1/B.
+    # The risk of the second run is a sum too, so each risk is scaled back by its number of tokens.
     np.testing.assert_allclose(e[2], e[0], rtol=1e-12)
     for m, rows in enumerate((forget, retain)):
         tokens = sum(x != -100 for row in rows for x in row["labels"][1:])
@@ -196,7 +196,7 @@ def test_identities_between_objectives():
 
 
 def test_objectives_that_share_parts():
-    """`ga` is profiled once for all of these; their norms follow from those of the parts."""
+    """One profile of `ga` serves all of these; their norms follow from those of the parts."""
     forget, retain, _ = data()
     with fp64_throughout():
         model = build("llama", torch.float64)

@@ -1,4 +1,4 @@
-"""Models that look wrong and are served all the same; what is refused is in `bad_input`."""
+"""Odd models that are served all the same; models that are refused are in `bad_input`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_train_mode_without_dropout_is_fine():
 
 
 class LeakyLlama(torch.nn.Module):
-    """Uses its embedding's weight once more, outside the embedding's own forward."""
+    """A Llama that uses its embedding's weight once more, outside the embedding's own forward."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Objectives through `profile`: what batches, layouts, frozen weights and references do to them."""
+"""Objectives in `profile`: the role of batches, layouts, frozen weights and references."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_frozen_parameters_change_nothing_for_the_others():
 
 
 def test_altpo_has_an_effect_on_what_it_replaces():
-    """Its forget rows count under their own numbers, in the risk on the answers too."""
+    """altpo's forget rows keep their own numbers, also in the risk on the answers."""
     forget, retain = data()
     with fp64_throughout():
         model, other = models()
@@ -148,7 +148,7 @@ FIRST_ORDER = {
 
 @functools.cache
 def totals():
-    """Effects `(objective, risk)` of all of them, and the risks."""
+    """Effects `(objective, risk)` of all objectives, and the risks."""
     model, other = models()
     result = run(model, *data(), list(FIRST_ORDER), reference_model=other, resolve=())
     return result.g_effect.values, result.risk_value.values

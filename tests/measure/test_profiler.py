@@ -1,4 +1,4 @@
-"""What a profile prepares serves a model whose weights change, as if it were prepared anew."""
+"""A prepared profiler serves a model whose weights change as a new one would."""
 
 from __future__ import annotations
 

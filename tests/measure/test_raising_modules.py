@@ -1,4 +1,4 @@
-"""Whatever a module raises in a trial: it is served in another way or refused by name, by both."""
+"""Modules that raise in a trial: another way serves them, or both commands refuse them by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WITHOUT = (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt)
 
 
 class Scaled(nn.Module):
-    """Takes the generic rule."""
+    """A module that only the generic rule serves."""
 
     def __init__(self, kind, where):
         super().__init__()
@@ -43,7 +43,7 @@ class Scaled(nn.Module):
 
 
 def made_up(kind):
-    """Modules with a rule of their type's, that refuse the inputs of its trial."""
+    """Modules of types with a rule of their own, which refuse the inputs of the rule's trial."""
 
     def refuse(x):
         if (x.dim() == 3 and x.shape[:2] == (2, 3)) or x.shape == (8,):
@@ -89,7 +89,7 @@ def rows(n):
 
 
 def both(model, n):
-    """The profile's and the check's answer, or how they refuse."""
+    """The result of the profile and of the check, or the refusal."""
     for run in (
         lambda: gf.profile(
             model, None, forget=rows(n), retain=rows(n), objectives=["ga", "npo"], engine="reverse"
@@ -126,7 +126,7 @@ def test_without_another_way_it_is_refused_by_name(kind, n):
 
 
 class Broken(Model):
-    """Does not run at all."""
+    """A module that raises at every call."""
 
     def __init__(self, kind):
         super().__init__(kind, "forward mode")

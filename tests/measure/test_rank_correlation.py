@@ -1,4 +1,4 @@
-"""Rank correlations are scipy's, their draws those of the runs drawn, and noise is told as such."""
+"""Rank correlations equal scipy's, bounds are those of drawn runs, and noise is named as noise."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_coefficients_are_those_of_scipy(ties):
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_bounds_are_of_the_runs_drawn_anew(ties):
-    """One draw after the other, by scipy, on the runs that it holds."""
+    """The reference computes one draw after the other by scipy, on the runs in the draw."""
     x, y = numbers(8, ties, seed=3)
     counts = np.random.default_rng(SEED).multinomial(8, np.full(8, 1 / 8), size=DRAWS)
     drawn = [np.repeat(np.arange(8), c) for c in counts]
@@ -45,7 +45,7 @@ def test_bounds_are_of_the_runs_drawn_anew(ties):
 
 
 def test_the_p_value_of_few_runs_is_the_share_of_all_orders():
-    """Of the 120 orders of five, the one that agrees and the one turned round."""
+    """Of the 120 orders of five runs, two agree as well: the order itself and its reverse."""
     found = rank_correlation(np.arange(5.0), np.arange(5.0) ** 3)
     assert found.spearman == pytest.approx(1) and found.p_value == pytest.approx(2 / 120)
     assert np.isnan([found.spearman_low, found.spearman_high]).all(), "every draw says the same"

@@ -1,4 +1,4 @@
-"""Where the reference is the model itself it is said: warning, attribute, table, page."""
+"""A reference that is the model itself shows in a warning, an attribute, the table and the page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import geffect_fast as gf
 from geffect_fast.errors import GEffectWarning
 from geffect_fast.report.html.page import page_html
 from geffect_fast.report.summary.sweep import Swept
-from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.profile import render_profile
 from geffect_fast.report.tables.sweep import render_sweep
 
 SETS = {"forget": samples([9, 7, 11], 1), "retain": samples([8, 10], 2)}
@@ -42,7 +42,7 @@ def text_of(what):
 
 
 def with_adapter(model, seed=0, scale=0.0):
-    """A LoRA around a copy of the model; with B = 0 it computes what the model does."""
+    """A LoRA around a copy of the model; with B = 0 its outputs are the model's."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.3)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config).double().eval()
@@ -66,7 +66,7 @@ KINDS = ("new adapter", "other A", "same adapter", "saved adapter")
 
 
 @pytest.mark.parametrize(
-    ("kind", "objective", "engine"),  # every pair of them
+    ("kind", "objective", "engine"),  # every kind with every objective
     [(k, o, ENGINES[(i + j) % 2]) for i, k in enumerate(KINDS) for j, o in enumerate(COMPARING)],
 )
 def test_models_that_compute_the_same_are_one(kind, objective, engine, model, tmp_path):
@@ -98,7 +98,7 @@ def test_a_model_that_computes_a_little_else_is_another(objective, engine, model
 
 
 def test_a_reference_that_is_another_on_one_row_alone_is_another(model):
-    """Its embeddings differ for tokens of the last row only."""
+    """The reference's embeddings differ for tokens of the last row only."""
     reference, last = copy.deepcopy(model), set(SETS["forget"][-1]["input_ids"])
     new = min(last - {t for row in SETS["forget"][:-1] for t in row["input_ids"]})
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_a_reference_that_is_the_model_is_said(kind, objective, model, tmp_path)
             reference_model=given(kind, model, tmp_path),
         )
     assert result.attrs["reference_is_model"] == 1
-    assert "Reference: the model itself" in text_of(render(result))
+    assert "Reference: the model itself" in text_of(render_profile(result))
     if kind == "none":
         assert "Reference: the model itself" in page_html({"run": result})
 
@@ -144,11 +144,11 @@ def test_another_reference_and_objectives_without_one_are_not_warned_of(model):
         alone = gf.profile(model, None, **SETS, objectives=["ga", "simnpo"])
     for result in (compared, alone):
         assert "reference_is_model" not in result.attrs
-        assert "Reference" not in text_of(render(result))
+        assert "Reference" not in text_of(render_profile(result))
 
 
 def test_over_the_steps_of_a_training_it_is_the_beginning(model):
-    """The reference is the model before training by design, and nothing to be warned of."""
+    """The reference is the model before training by design, which is no reason for a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", GEffectWarning)
         result = gf.unlearn(

@@ -1,4 +1,4 @@
-"""Code that a model's folder brings along runs where that was allowed, and nobody is asked."""
+"""Code in a model's folder runs only where it was allowed, and there is no prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def own(study, tmp_path, monkeypatch):
-    """A copy of the study's model as code of its own, and the file that the code makes."""
+    """A copy of the study's model with code of its own, and the file that the code makes."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
     folder = shutil.copytree(study / "model", tmp_path / "model")

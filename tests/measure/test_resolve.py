@@ -1,4 +1,4 @@
-"""Effects by group and by position: against brute force, and as sums of the finer and coarser."""
+"""Effects by group and by position: against brute force, and as sums of finer results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def close(found, expected, tolerance=1e-9):
 
 @pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "gemma2", "mixtral"])
 def test_positions_and_groups_add_up(architecture):
-    """Every coarser view is a sum of the finer one, for samples of several sequences too."""
+    """Every coarser view is a sum of the finer one, also for samples of several sequences."""
     with fp64_throughout():
         model = build(architecture, torch.float64)
         fine = run(model, ("parameter", "sample", "position"))
@@ -122,7 +122,7 @@ def test_position_is_where_the_layer_is_used(dtype):
 
 
 def test_an_embedding_is_used_where_its_token_stands():
-    """Row `id` of the table times what the directions hold there; no other position sees it."""
+    """Row `id` of the table times the directions at that row; no other position sees the row."""
     with fp64_throughout():
         model = build("llama", torch.float64)
         found = run(model, ("parameter", "sample", "position"), ["ga"], FORGET)
@@ -188,7 +188,7 @@ def test_streamed_equals_in_memory(tmp_path, resolve):
     with found:
         assert found.g_effect.dims == expected.g_effect.dims
         for name in expected.variables:
-            # What is made of sums over rows is added up in another order.
+            # Sums over rows are added up in another order.
             exact = name in ("g_effect", *expected.coords)
             (np.testing.assert_array_equal if exact else nearly)(
                 found[name].values, expected[name].values
@@ -200,7 +200,7 @@ def test_streamed_equals_in_memory(tmp_path, resolve):
 
 
 def test_a_streamed_result_never_is_in_memory(tmp_path, monkeypatch):
-    """No array of the result's size is made, and what is written at a time is one sample."""
+    """No array of the result's size is made, and one sample is written at a time."""
     sizes, made = [], []
     add, zeros = profiling.EffectFile.__setitem__, np.zeros
 

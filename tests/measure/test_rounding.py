@@ -1,4 +1,4 @@
-"""What a result of 16 bits says of its precision, against plain autograd in 16 bits and in fp32."""
+"""The precision that a result of 16 bits states, against plain autograd in 16 bits and in fp32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from geffect_fast.measure import rounding
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.measure.rounding import precision_error_of, two_rows
 from geffect_fast.steps.probe import Probe, run_identity
-from geffect_fast.storage.run_folder import open_run, write_dataset
+from geffect_fast.storage.results_file import write_dataset
+from geffect_fast.storage.run_folder import open_run
 from geffect_fast.storage.step_store import StepStore
 
 FORGET, RETAIN = samples([9, 14, 6, 11, 17, 8, 12], 1), samples([10, 7, 15, 9], 2)
@@ -29,7 +30,7 @@ STATED = {"precision_error", "precision_samples"}
 
 
 def stated(result):
-    """What a result says of its precision."""
+    """The attributes in which a result states its precision."""
     return {key: value for key, value in result.attrs.items() if key.startswith("precision")}
 
 
@@ -42,10 +43,12 @@ def profile(model, **more):
     ("architecture", "engine"), [("llama", "reverse"), ("llama", "forward"), ("mamba", "reverse")]
 )
 def test_the_figure_is_that_of_plain_autograd(architecture, engine, monkeypatch):
-    """The side in fp32 is plain autograd's; that in bf16 rounds in other places, and so is of its
-    size: plain autograd's figure is between a third of ours and five times it, as duals round less.
-    Mamba uses parameters outside of the modules that hold them, which only a first run of the model
-    shows."""
+    """The fp32 side of the figure is plain autograd's, and the figure is of the same size.
+
+    The bf16 side rounds in other places than plain autograd: plain autograd's figure is between a
+    third of ours and five times ours, as duals round less. Mamba uses parameters outside of the
+    modules that hold them, which only a first run of the model shows.
+    """
     model = build(architecture, torch.bfloat16)
     reference = build(architecture, seed=5)
     passes = []
@@ -92,8 +95,10 @@ def test_the_figure_is_that_of_plain_autograd(architecture, engine, monkeypatch)
 @pytest.mark.parametrize("engine", ["reverse", "forward"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_whole_profile_is_as_far_from_fp32_as_the_figure_says(architecture, engine):
-    """Of all rows, with the risks' gradients in fp32 too. The figure is an estimate from two rows,
-    and meant to be large rather than small."""
+    """The profile and the reference are of all rows, with the risks' gradients in fp32 too.
+
+    The figure is an estimate from two rows, and meant to be large rather than small.
+    """
     for seed in range(2):
         model = build(architecture, torch.bfloat16, seed)
         objectives = ["ga", "wga(alpha=1)", "simnpo(beta=2.5)"]
@@ -192,6 +197,6 @@ def test_rows_are_the_first_and_the_middle():
 
 def test_a_figure_is_the_largest_and_leaves_out_what_has_no_effect():
     size = np.array([[4.0, 100.0], [1e-14, 9.0]])
-    off = np.array([[4e-4, 0.09], [1.0, 9e-6]])  # 1 %, 3 %; nothing but rounding, 0.1 %
+    off = np.array([[4e-4, 0.09], [1.0, 9e-6]])  # 1 %, 3 %; 0.1 % is pure rounding
     assert precision_error_of(off, size) == pytest.approx(0.09)
     assert precision_error_of(np.zeros((1, 1)), np.zeros((1, 1))) == 0

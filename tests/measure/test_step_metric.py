@@ -1,4 +1,4 @@
-"""Effects in an optimizer's metric against what its real step does to the risks, in fp64."""
+"""Effects in an optimizer's metric, against changes of the risks by its real step, in fp64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTENT = 1e-5
 
 
 def two_groups(model, **more):
-    """Matrices at one learning rate with decay, the rest at another without."""
+    """Parameter groups: matrices at one learning rate with decay, the rest at another without."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     return [{"params": matrices} | more, {"params": others, "lr": 3e-4, "weight_decay": 0.0}]
@@ -79,7 +79,7 @@ def stepped(model, optimizer, rows, times=1):
 
 
 def changes_along(model, step):
-    """What the risks change by along a step, by finite differences, per unit of it."""
+    """Changes of the risks along a step, by finite differences, per unit of the step."""
     found = []
     for rows in (FORGET, RETAIN):
         sides = []
@@ -94,7 +94,7 @@ def changes_along(model, step):
 
 
 def real_step(model, optimizer):
-    """What one more step of the optimizer moves the parameters by; model and optimizer stay."""
+    """The move of one more step of the optimizer; model and optimizer stay as they are."""
     other = copy.deepcopy({"model": model, "optimizer": optimizer})
     stepped(other["model"], other["optimizer"], FORGET)
     before = dict(model.named_parameters())
@@ -153,7 +153,7 @@ def test_equals_one_sample_at_a_time_and_norms_are_in_the_metric():
     with fp64_throughout():
         model = build("llama", torch.float64)
         diagonal = diagonal_of(model)
-        diagonal["lm_head.weight"][3:5] = 0.0  # what is 0 is no error
+        diagonal["lm_head.weight"][3:5] = 0.0  # a change of 0 has no relative error
         result = profile(model, diagonal, norms=True)
         parameters = dict(model.named_parameters())
 
@@ -228,7 +228,7 @@ def test_of_several_objectives_one_is_said_to_take_the_step():
 
 
 def test_intervals_are_in_the_metric():
-    """At half of every gradient they are half as wide: a metric that is a number scales them."""
+    """A metric that is a number scales the intervals: at half of every gradient, half as wide."""
     model = build("llama")
     half = {name: torch.tensor(0.5) for name, _ in model.named_parameters()}
     plain = gf.profile(model, None, **DATA, objectives=["ga"], token_budget=40)
@@ -329,7 +329,7 @@ def test_curvature_is_the_second_difference_along_the_real_step(architecture):
         optimizer = torch.optim.AdamW(two_groups(model, weight_decay=0.5), lr=1e-2)
         stepped(model, optimizer, FORGET[:2], 2)
         result = profile(model, "adamw", optimizer, second_order=True)
-        step = real_step(model, optimizer)  # is - lr u
+        step = real_step(model, optimizer)  # the step is - lr u
         for risk, rows in (("unlearn", FORGET), ("retain", RETAIN)):
             curvature = float(result.step_curvature.sel(objective="ga", risk=risk))
             rate = float(result.step_learning_rate)

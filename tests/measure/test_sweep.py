@@ -46,7 +46,7 @@ def test_its_numbers_are_those_of_each_objective_alone(study, result):
     for label in result.objective.values:
         alone = gf.profile(**study, objectives=[str(label)], resolve=("sample",))
         here = result.sel(objective=[label])
-        rows = alone.sizes["sample"]  # without the retain rows, where the objective reads none
+        rows = alone.sizes["sample"]  # the retain rows are left out where the objective reads none
         assert not here.g_effect[..., rows:].any()
         scale = float(np.abs(alone.g_effect).max())
         np.testing.assert_allclose(
@@ -157,7 +157,7 @@ def test_the_front_is_what_nothing_dominates(points):
 
     sound = [p for p in points if np.isfinite(p).all()]
     expected = [
-        # of several in one place the first stands for all
+        # of several values in one place, the first is listed
         p in sound and p not in points[:i] and not any(beats(other, p) for other in sound)
         for i, p in enumerate(points)
     ]

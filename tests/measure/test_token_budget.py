@@ -66,7 +66,7 @@ def make(name, dtype):
 
 
 def rows(n, seed):
-    """Half of their tokens are answers, as of questions and answers."""
+    """Rows half of whose tokens are answers, as with questions and answers."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for length in torch.randint(30, 60, (n,), generator=generator).tolist():
@@ -80,7 +80,7 @@ def rows(n, seed):
 @pytest.mark.parametrize(("name", "dtype", "job"), CASES, ids=str)
 def test_a_profile_takes_most_of_the_memory_and_not_all(name, dtype, job, monkeypatch):
     objectives, settings = JOBS[job]
-    # Whole gradients of four objectives fill what is enough for others.
+    # Whole gradients of four objectives fill a memory that is enough for others.
     free = (90 if job == "four, norms" else 60) * 2**20 * (2 if dtype == torch.float64 else 1)
     monkeypatch.setattr(token_budget, "free_memory", lambda _: free)
     monkeypatch.setattr(token_budget, "MIN_CPU_CAP", 2**40)
@@ -113,7 +113,7 @@ def test_budget_solves_its_own_formula(uncapped):
     model = llama(32, attn_implementation="sdpa")
     trained = sum(p.numel() for p in model.parameters())
     layer = 4 * (32 + 32) + 3 * (32 + 64)
-    # A norm keeps its input, that divided by its size, and the size; SiLU its output.
+    # A norm keeps its input, the input divided by its size, and the size; SiLU keeps its output.
     per_token = 4 * (2 * layer + 2 * 64 + 5 * (2 * 32 + 1)) + 4 * 3 * 50
     for wanted in (5, 80, 200):
         for m in (0, 1, 3):

@@ -1,7 +1,7 @@
 """Models inside something else: adapters of peft, compiled code, checkpoints, half precision.
 
 Every row of the tables in `wrapped_cases.py` is compared with plain autograd, one sample at a time,
-for every trainable parameter. `test_check_and_profile.py` has what refuses, and by which rules.
+for every trainable parameter. `test_check_and_profile.py` has the refusals, and the rules used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OBJECTIVES = {
 
 
 class Plain:
-    """A model as the reference implementation calls it: trainable parameters, no virtual tokens."""
+    """A model for the reference implementation: trainable parameters, no virtual tokens."""
 
     def __init__(self, model):
         self.model = model
@@ -38,7 +38,7 @@ class Plain:
         answer, length = self.model(input_ids=input_ids, **kwargs), input_ids.shape[1]
         logits = getattr(answer, "logits", answer)[:, -length:]
         hidden = getattr(answer, "hidden_states", None) or ()
-        # A layer below everything that can be trained has gradients, and they are zero.
+        # A layer below all trainable parameters has gradients, which are zero.
         zero = 0 * sum(p.sum() for p in self.parameters())
         return types.SimpleNamespace(
             logits=logits, hidden_states=tuple(h[:, -length:] + zero for h in hidden)
@@ -80,7 +80,7 @@ def test_equals_one_sample_at_a_time(name):
     assert all(torch.equal(v, before[k]) for k, v in inside.state_dict().items())
 
 
-# ---- what is refused, and what is left behind ----
+# ---- refusals, and the state left behind ----
 
 
 def test_a_soft_prompt_has_no_position():
@@ -136,7 +136,7 @@ def test_functions_take_compiled_models_and_their_names():
         gf.functional.per_sample_inner_products(wrapped, loss_fn, batch, direction),
         gf.functional.per_sample_inner_products(model, loss_fn, batch, plainly),
     )
-    # also where the loss runs the compiled model, not the one it is given
+    # also where the loss runs the compiled model instead of the given one
     torch.testing.assert_close(
         gf.functional.per_sample_grad_norms(wrapped, lambda _, b: loss_fn(wrapped, b), batch),
         gf.functional.per_sample_grad_norms(model, loss_fn, batch),
@@ -151,7 +151,7 @@ def test_functions_take_compiled_models_and_their_names():
 
 @pytest.mark.parametrize("name", ["lora", "compiled", "checkpointed_reentrant"])
 def test_a_wrapped_reference_is_the_model_inside(name):
-    """Packed, though the wrapper names no position_ids."""
+    """The reference is packed, though the wrapper names no position_ids."""
     case = CASES[name]
     with fp64_throughout():
         model = build("llama", torch.float64, seed=1)
@@ -168,7 +168,7 @@ def test_a_reference_that_cannot_be_packed_is_refused():
 
 
 def test_without_a_reference_npo_compares_with_the_adapted_model():
-    """`model` as it is, its adapter included: half of the summed `ga` at beta 1, times two."""
+    """The reference is `model` as it is, its adapter included."""
     with fp64_throughout():
         model = lora()(torch.float64)
         found = run(model, ["npo(beta=1)"])

@@ -1,4 +1,4 @@
-"""Models inside something else, for `test_wrapped_models.py`: adding a row is adding a case."""
+"""Models inside something else, one row each, for `test_wrapped_models.py`."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Case:
 
 
 def adapted(config: str, base="llama", *, mixed=False, **settings):
-    """Builds `base` with an adapter whose configuration is `peft.<config>Config(**settings)`."""
+    """A function that builds `base` with an adapter by `peft.<config>Config(**settings)`."""
 
     def make(dtype):
         peft = pytest.importorskip("peft")
         chosen = getattr(peft, f"{config}Config")(task_type="CAUSAL_LM", **settings)
         model = build(base, dtype)
         torch.manual_seed(3)
-        soft = chosen.is_prompt_learning  # which peft makes in fp32
-        # BOFT names another compiler in the environment, and where that fails leaves it there.
+        soft = chosen.is_prompt_learning  # peft makes it in fp32
+        # BOFT names another compiler in the environment, and does not restore it on failure.
         with mock.patch.dict(os.environ):
             wrapped = peft.get_peft_model(model, chosen, mixed=mixed)
         return shaken(wrapped, dtype if soft else None)
@@ -62,7 +62,7 @@ def lora(base="llama", targets=QV, **settings):
 
 
 def two_adapters(dtype):
-    """The second is not active: its parameters are trainable and have no gradient."""
+    """A model with an inactive second adapter, whose trainable parameters have no gradient."""
     peft = pytest.importorskip("peft")
     model = lora()(dtype)
     model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj"]))
@@ -72,20 +72,20 @@ def two_adapters(dtype):
 
 
 def merged(dtype):
-    """Merged into the base: only the head, saved with the adapter, has a gradient."""
+    """A model whose adapter is merged: only the head, saved with the adapter, has a gradient."""
     model = lora(modules_to_save=["lm_head"])(dtype)
     model.merge_adapter()
     return model
 
 
 def injected(dtype):
-    """By transformers itself, in place: the model's class stays what it was."""
+    """A model whose adapter transformers put in place, so that its class stays the same."""
     peft = pytest.importorskip("peft")
     model = build("llama", dtype)
     config = peft.LoraConfig(r=2, target_modules=QV)
     try:
         model.add_adapter(config)
-    except ValueError:  # it asks for a later peft than there is: what it calls, called here
+    except ValueError:  # asks for a later peft than there is; its call, made here
         peft.inject_adapter_in_model(config, model)
     return shaken(model)
 
@@ -199,7 +199,7 @@ def never(*_args):
 
 
 def compiled(base="llama", part=None, in_place=False, forward=False):
-    """With a compiler that fails: nothing may run compiled."""
+    """A model compiled by a compiler that fails: compiled code must not run."""
 
     def make(dtype):
         model = (base if callable(base) else lambda d: build(base, d))(dtype)
@@ -230,7 +230,7 @@ def plain(base):
 
 
 def checkpointed(base, reentrant, around=None):
-    """In train mode, as only there transformers computes activations a second time."""
+    """A model in train mode, where alone transformers computes activations a second time."""
 
     def make(dtype):
         model = (around or plain(base))(dtype)
@@ -243,7 +243,7 @@ def checkpointed(base, reentrant, around=None):
 
 
 class Checkpointed(nn.Module):
-    """Calls torch's function itself, which no setting of the model turns off."""
+    """A model that calls torch's checkpoint itself, which no setting of the model turns off."""
 
     def __init__(self, inner, reentrant):
         super().__init__()
@@ -268,7 +268,7 @@ class Checkpointed(nn.Module):
 
 
 def hooked(dtype):
-    """As accelerate places models on devices: every module's forward is replaced."""
+    """A model whose modules' forwards are replaced, as accelerate places models on devices."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = build("llama", dtype)
     for module in [model, *model.model.layers[0].modules()]:
@@ -349,7 +349,7 @@ def on_experts(dtype):
 
 
 class FullyShardedDataParallel(nn.Module):
-    """As torch's, without the processes it would need."""
+    """A class with the name of torch's, without the processes that torch's needs."""
 
     __module__ = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
@@ -369,7 +369,7 @@ REFUSED = {
 
 
 def fp32_norms(dtype):
-    """Gemma's norms compute in fp32 and cast back, so their weights may stay in it."""
+    """A model with fp32 norms: Gemma's norms compute in fp32 and cast back, so they may stay."""
     model = build("gemma2", dtype)
     for name, module in model.named_modules():
         if "norm" in name:
@@ -395,7 +395,7 @@ def fp32_head(dtype):
 
 
 def half_adapters(dtype):
-    """Adapters in half precision on a base in fp32, which peft does not make by itself."""
+    """A model with half-precision adapters on an fp32 base, which peft does not make by itself."""
     model = lora()(torch.float32)
     for p in model.parameters():
         if p.requires_grad:

@@ -1,4 +1,4 @@
-"""Every metric against its formula, on made-up numbers; and the bugs of released code, absent."""
+"""Every metric against its formula on made-up numbers, without the bugs of released code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scored(rng, n, greedy=None):
 
 
 def observed(name="forget", n=6, seed=0):
-    """A set of rows of unlike lengths, with all that metrics read."""
+    """A set of rows of unlike lengths, with all fields that metrics read."""
     rng = np.random.default_rng([seed, len(name)])
 
     def column():
@@ -97,7 +97,7 @@ def test_of_the_truth_ratio(name):
 
 
 def test_the_truth_ratio_of_losses_that_no_probability_holds():
-    """Released code divides probabilities, and adds 1e-10: beyond 700 nats that is 0 / 1e-10."""
+    """Released code divides probabilities, plus 1e-10: beyond 700 nats that is 0 / 1e-10."""
     seen = Observed("forget", paraphrases=[Scored(900.0)], perturbed=[[Scored(901.0)]])
     assert scores("truth_ratio", seen) == pytest.approx(np.exp(-1))
     assert scores("truth_ratio(aggregation=probability)", seen) == pytest.approx(
@@ -127,7 +127,7 @@ def test_extraction_strength_is_the_longest_right_suffix(greedy, strength, floor
     right = np.array(greedy, dtype=bool)
     assert extraction_strength(right) == strength
     assert extraction_strength(right, floor=True) == floored
-    # By its definition: the shortest prefix after which all is right.
+    # By definition: the shortest prefix after which everything is right.
     n = len(greedy)
     shortest = next(k for k in range(n + 1) if right[k:].all())
     assert strength == (1 - shortest / n if n else 0)
@@ -222,7 +222,7 @@ def test_separable_scores_have_an_area_of_one():
     for shift, area in ((5, 1), (-5, 0)):
         found = loss.measures(Seen(apart(shift), {}))["forget"]
         assert found.value == area
-        assert np.isnan([found.low, found.high]).all()  # nobody saw how far it could be from that
+        assert np.isnan([found.low, found.high]).all()  # the possible distance from 1 is unknown
     same = apart(0)["forget"]
     found = loss.measures(Seen({"forget": same, "holdout": same}, {}))["forget"]
     assert found.value == 0.5
@@ -257,7 +257,7 @@ def test_privleak():
 
 
 def test_privleak_draws_the_same_rows_of_both_models():
-    """A model next to the retrained one is known to leak little, however few the rows."""
+    """A model close to the retrained one leaks little for certain, however few the rows."""
     (privleak,) = resolved_metrics("privleak")
     retrained = apart(0.1)
     near = {
@@ -294,7 +294,7 @@ def test_a_metric_is_written_as_it_is_read(text):
 
 
 def test_forget_quality_has_no_bounds():
-    """Of a model against itself it is 1; a p-value of drawn rows is not spread about the rows'."""
+    """A model against itself has 1; p-values of drawn rows do not spread about the rows' own."""
     seen, other = {"forget": observed(n=40)}, {"forget": observed(n=40, seed=3)}
     (quality,) = resolved_metrics("forget_quality")
     for against, is_one in ((seen, True), (other, False)):
@@ -316,7 +316,7 @@ def test_rows_that_score_alike_have_no_bounds(n, value):
 
 
 def test_an_interval_is_a_bootstrap_over_rows():
-    """Of a mean: that of a normal distribution, where there are many rows; the same every time."""
+    """The interval of a mean of many rows is the normal distribution's, the same every time."""
     rng = np.random.default_rng(0)
     n = 400
     seen = Observed("forget", [Scored(x) for x in rng.normal(5, 2, n)])

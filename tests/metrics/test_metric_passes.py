@@ -1,4 +1,4 @@
-"""What a model is seen to say, against the model run on one sequence at a time in plain torch."""
+"""Observations of a model, against the model run on one sequence at a time in plain torch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_log_probabilities_of_bf16_logits_are_taken_in_fp32():
     model = build("llama", torch.bfloat16)
     found, _ = said(model, sequences(), distribution=True)
     for scored, sequence in zip(found, sequences(), strict=True):
-        log_p, labels = plain(model, sequence)  # of the same bf16 logits
+        log_p, labels = plain(model, sequence)  # from the same bf16 logits
         own = log_p.gather(1, labels[:, None]).flatten()
         # Packing may round the logits themselves otherwise, in the last of their 8 bits.
         np.testing.assert_allclose(scored.log_prob, own, rtol=0.03, atol=0.03)
@@ -107,7 +107,7 @@ class _NoPositions(nn.Module):
 
     def forward(self, input_ids):
         h = self.embed(input_ids).cumsum(1)
-        if self.mixing:  # whatever shares a batch is seen
+        if self.mixing:  # rows of a batch see each other
             h = h + h.mean(0, keepdim=True)
         return self.head(torch.tanh(h))
 
@@ -132,7 +132,7 @@ def test_logits_that_are_not_finite_name_the_row():
         said(model, sequences())
 
 
-# ---- what is written ----
+# ---- written text ----
 
 
 def by_hand(model, prompt, ends, n):
@@ -148,12 +148,12 @@ def by_hand(model, prompt, ends, n):
 
 
 def test_a_certain_models_unexpected_token_scores_as_such():
-    """One logit is 150 above all others, everywhere: what is not its token stands out."""
+    """One logit is 150 above all others everywhere, so that any other token stands out."""
     model = build("llama")
 
     def certain(_model, _args, logits):
         logits = torch.zeros_like(logits)
-        logits[..., 0] = 150  # no row holds it
+        logits[..., 0] = 150  # no row holds this token
         return logits
 
     model.lm_head.register_forward_hook(certain)
@@ -220,10 +220,10 @@ def test_an_adapter_writes_greedily_too():
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_teacher_forced_extraction_is_that_of_generating_and_comparing(architecture):
-    """For every prefix of the answer, decode greedily and look whether the rest comes out."""
+    """For every prefix of the answer, decode greedily and compare the rest."""
     model = build(architecture)
     given = sequences([12, 9, 10, 7], prompt=2)
-    # Answers whose ends the model would write itself, of several lengths.
+    # Answers of several lengths, whose ends the model would write itself.
     for i, sequence in enumerate(given):
         own = by_hand(model, sequence.input_ids[: 3 + i], set(), len(sequence) - 3 - i)
         sequence.input_ids[3 + i :] = torch.tensor(own)
@@ -271,12 +271,12 @@ def test_gradient_norms(architecture, budget):
     assert all(p.grad is None for p in parameters)
 
 
-# ---- what stands before what is written ----
+# ---- text before the written text ----
 
 
 @pytest.mark.parametrize(("length", "prompt"), [(900, 200), (400, 200), (30, 15), (3, 1)])
 def test_a_plain_text_begins_with_its_prompt(length, prompt):
-    """The first 200 tokens of a text are continued; of a short one the first half."""
+    """A text's first 200 tokens are continued, or the first half of a short one."""
     (text,) = sequences([length], prompt=0)
     for kind in ("text", "tokens"):
         before, there, cut = to_be_written(text, kind)

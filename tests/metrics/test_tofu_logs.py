@@ -34,7 +34,7 @@ def column(log, name, key):
 
 
 def ratio(log, name):
-    """TOFU's: perturbed answers' probability losses averaged, beside the paraphrase's."""
+    """TOFU's ratio: the mean probability loss of perturbed answers, beside the paraphrase's."""
     perturbed = column(log, name, "average_perturb_loss").mean(-1)
     return np.exp(perturbed - column(log, name, "avg_paraphrased_loss"))
 
@@ -78,7 +78,7 @@ def test_truth_ratios(saved):
         x = ratio(log, name)
         better = np.minimum(x, 1 / x) if name == "forget" else np.maximum(0, 1 - 1 / x)
         np.testing.assert_allclose(TruthRatio().scores(seen[name]), better, atol=1e-12)
-        # The log has the inverse, of losses before they were rounded.
+        # The log holds the inverse, computed from losses before they were rounded.
         np.testing.assert_allclose(column(log, name, "truth_ratio"), 1 / x, rtol=1e-4)
 
 
@@ -95,7 +95,7 @@ def test_forget_quality(tofu):
 
 
 def test_tofus_files_through_the_command(tofu, tmp_path):
-    """The suite of its name reads the perturbed files as they are distributed."""
+    """The suite named tofu reads the perturbed files as they are distributed."""
     files = {
         "forget": "forget01_perturbed.json",
         "retain": "retain_perturbed.json",

@@ -17,7 +17,7 @@ VOCAB, WIDTH, LAYERS = 7, 5, 9
 
 @dataclass
 class Sequence_:
-    """One sequence: labels, and what the model and its reference say at each of its tokens."""
+    """A sequence: its labels, and the outputs of the model and its reference at each token."""
 
     role: Role
     labels: list[int]
@@ -25,13 +25,13 @@ class Sequence_:
     reference_logits: Tensor  # (length, vocab)
     hidden: Tensor  # (layers, length, width)
     reference_hidden: Tensor  # (layers, length, width)
-    weights: list[float]  # of the labels that are predicted
+    weights: list[float]  # for the labels that are predicted
 
     def targets(self) -> list[int]:
         return [*self.labels[1:], IGNORE]
 
     def target_weights(self) -> list[float]:
-        """The weight of what each token predicts, 0 where that is nothing."""
+        """The weight of the label that each token predicts, 0 where it predicts none."""
         own = iter(self.weights)
         return [0.0 if y == IGNORE else next(own) for y in self.targets()]
 
@@ -122,7 +122,7 @@ def offsets(lengths: list[int]) -> Tensor:
 
 
 def outputs_of(logits: Tensor, targets: Tensor, hidden: Tensor | None = None) -> Outputs:
-    """What a model with these logits `(total_tokens, vocab)` says."""
+    """The outputs of a model with these logits `(total_tokens, vocab)`."""
     known = targets != IGNORE
     picked = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return Outputs(
@@ -134,7 +134,7 @@ def outputs_of(logits: Tensor, targets: Tensor, hidden: Tensor | None = None) ->
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors of a few dozen numbers: threads would only wait for each other."""
+    """Use one thread: on tensors of a few dozen numbers threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What tests of gradients share."""
+"""Gradients of token terms, for tests of gradients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from geffect_fast.objectives import Outputs
 
 
 def gradient(o, case, reference=None, by="logits"):
-    """Gradient of the token terms with respect to the logits `(total_tokens, vocab)`, or `hidden`
-    states `(layers, total_tokens, d)`."""
+    """Gradient of the token terms with respect to the logits or hidden states.
+
+    The logits are `(total_tokens, vocab)`, `hidden` states `(layers, total_tokens, d)`.
+    """
     frozen = case.reference if reference is None else reference
     total = o.token_terms(case.outputs, case.batch, frozen).sum()
     return torch.autograd.grad(total, getattr(case, by), retain_graph=True)[0]

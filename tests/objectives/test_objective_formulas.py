@@ -75,7 +75,7 @@ def mean(values, reduction):
 
 
 def factor(n_i, values, reduction):
-    """What one of the `n_i` numbers of a sample counts in `mean`."""
+    """The weight in `mean` of one of the `n_i` numbers of a sample."""
     n = sum(len(v) for v in values)
     return {"token": 1 / n, "sample": 1 / (len(values) * max(n_i, 1)), "sum": 1.0}[reduction]
 
@@ -93,7 +93,7 @@ def log_ratio(data):
 
 
 def margins(data):
-    """`r_win - r_lose` of every pair of every sample; where nothing wins, of one with 0."""
+    """`r_win - r_lose` of every pair of every sample; without a winner, of one pair with 0."""
     found = []
     for sample, lose in zip(data.samples, log_ratio(data), strict=True):
         wins = [sum(q.logp()) - sum(q.logp0()) for q in sample if q.role == "alternative"]
@@ -102,7 +102,7 @@ def margins(data):
 
 
 def predicted(data, role="answer", skip=0):
-    """`(sequence, position, label)` of the label tokens of every sample that are predicted."""
+    """`(sequence, position, label)` of every sample's label tokens that are predicted."""
     for sample in data.samples:
         found = []
         for q in (q for q in sample if q.role == role):
@@ -170,7 +170,7 @@ def expected_loss(o, data, reduction):
 
 
 def hidden_error(o, q, t):
-    """What a hidden state of five features misses its target by, feature by feature."""
+    """The distance of a hidden state from its target, one number for each of five features."""
     h, h0 = q.hidden[o.layer, t].tolist(), q.reference_hidden[o.layer, t].tolist()
     if o.name == "rr":
         return [a - b for a, b in zip(h, h0, strict=True)]
@@ -182,7 +182,7 @@ def hidden_error(o, q, t):
 
 
 def divergence(o, q, t, y):
-    """The summand of an objective of whole distributions at position `t`, whose label is `y`."""
+    """The summand at position `t`, with label `y`, of an objective of whole distributions."""
     z, z0 = q.logits[t], q.reference_logits[t]
     if o.name == "LogitFlattening":
         return (max(z.tolist()) - sum(z.tolist()) / len(z)) ** 2

@@ -1,8 +1,9 @@
-"""Objective strings at random: an objective that its own string gives again, or one line of error.
+"""Random objective strings: an objective that its own string gives again, or one line of error.
 
-So too for strings with ranges, which describe many objectives.
+The same holds for strings with ranges, which describe many objectives.
 
-Nothing in them ever runs: while a string is parsed, whatever could run it fails the test.
+Nothing in the strings ever runs: while a string is parsed, any call that could run code fails the
+test.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ CODE = (
 
 @contextmanager
 def nothing_runs():
-    """Fails where code is compiled, run or imported, a file opened or a process started."""
+    """Fail where code is compiled, run or imported, a file opened or a process started."""
 
     def fail(*_args, **_kwargs):
         pytest.fail("the parser ran something")
@@ -86,7 +87,7 @@ parse_list("ga")  # builds the parser, which compiles its grammar
 
 
 def read_calmly(text):
-    """Read `text` in every way: objectives that their strings give again, or one line."""
+    """Read `text` in every way: it gives objectives that its own string gives again, or a line."""
     for read in (lambda t: [parse(t)], parse_list, members):
         try:
             with nothing_runs():
@@ -103,7 +104,7 @@ def read_calmly(text):
 
 
 def members(text):
-    """The objectives of all sweeps in a text; each sweep's own text gives it again."""
+    """The objectives of all sweeps in a text; each sweep's own text gives the sweep again."""
     sweeps = expand_list(text)
     for sweep in sweeps:
         assert expand_list(sweep.text) == [sweep]

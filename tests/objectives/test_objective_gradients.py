@@ -31,8 +31,10 @@ def test_ceu_is_ga_weighted_by_the_odds(make_data, reduction):
 
 @pytest.mark.parametrize("margin", [40.0, 12.0, 0.0, -12.0, -40.0])
 def test_ceu_keeps_its_digits_in_single_precision(make_data, margin):
-    """Where p is 1 up to rounding its weight p / (1 - p) is not finite; where p is tiny, its target
-    and its own distribution are the same up to rounding."""
+    """The weight p / (1 - p) is not finite where p is 1 up to rounding.
+
+    Where p is tiny, its target and its own distribution are the same up to rounding.
+    """
     data = make_data(("answer",), seed=11)
     for q in (q for sample in data.samples for q in sample):
         q.logits = q.logits.float().double()
@@ -59,7 +61,7 @@ def test_ceu_leaves_out_the_first_tokens_and_counts_the_others(make_data, reduct
         known = [t for t in range(start, end) if mask[t]]
         kept.append(known[skip:])
     assert found.nonzero().flatten().tolist() == [t for known in kept for t in known]
-    # the kept tokens count as they do without any skipping, but for the normaliser
+    # the kept tokens count as without any skipping, apart from the normaliser
     n = {"token": sum(map(len, kept)) / int(mask.sum()), "sum": 1.0}
     if reduction in n:
         every = gradient(CEU(0), case) / n[reduction]
@@ -83,13 +85,13 @@ def test_undial_pulls_the_logits_to_the_adjusted_ones(case):
 
 
 def test_undial_without_an_adjustment_is_kl_to_the_reference(case):
-    """They differ by the entropy of the reference, a constant."""
+    """Both differ by the entropy of the reference, a constant."""
     assert_same(gradient(UNDIAL(beta=0), case), gradient(KL(), case))
     assert gradient(UNDIAL(beta=0), case, detached(case.outputs)).abs().max() < 1e-14
 
 
 def test_undial_with_a_great_adjustment_is_ceu_at_the_reference(case):
-    """Both then aim at the distribution without the label, here the reference's and the model's."""
+    """Both aim at a distribution without the label: here the reference's, there the model's."""
     at_reference = gradient(UNDIAL(beta=1e3), case, detached(case.outputs))
     assert_same(at_reference, gradient(CEU(skip=0), case))
 

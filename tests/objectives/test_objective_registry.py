@@ -31,7 +31,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding_an_objective.md"
 
 @pytest.fixture(autouse=True)
 def fresh_names(monkeypatch):
-    """Names registered by a test are gone after it."""
+    """Remove the names that a test registers when it ends."""
     monkeypatch.setattr(OBJECTIVES, "classes", dict(OBJECTIVES.classes))
 
 

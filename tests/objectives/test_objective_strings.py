@@ -1,4 +1,4 @@
-"""Objective strings: what they mean, how they are written, and what is said of bad ones."""
+"""Objective strings: their meaning, their canonical form, and the messages about bad ones."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ GOOD = {
 }
 
 BAD = {
-    # text: (what the message says, the character it points to)
+    # text: (the message, the character that it points to)
     "npoo": (r"unknown objective 'npoo'; did you mean 'npo'\?", 1),
     "ga + wgaa(1)": (r"unknown objective 'wgaa'; did you mean 'wga'\?", 6),
     "simnop": ("did you mean 'simnpo'", 1),

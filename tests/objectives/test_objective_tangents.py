@@ -1,5 +1,7 @@
-"""Token terms in the forward engine: every objective's move as reverse mode says, and what they
-hold constant does not."""
+"""Derivatives of token terms in the forward engine, against reverse mode.
+
+Numbers that an objective holds constant have no derivative.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def noise(outputs, seed):
 
 
 def leaves(outputs):
-    """The outputs as if they did not depend on each other."""
+    """The outputs as leaves that do not depend on each other."""
     own = tuple(x.detach().requires_grad_() for x in outputs.tensors())
     return Outputs.of(own, outputs.logits is not None)
 
@@ -71,12 +73,12 @@ def test_at_its_own_reference_there_is_no_gradient_and_no_complaint(o, dtype, ma
     assert not terms_disagree(o, own, case.batch, frozen, moved)[0]
 
 
-# ---- what users write ----
+# ---- objectives of users ----
 
 
 @dataclass(frozen=True)
 class Weighted(WGA):
-    """wga, its weight held constant in one way or another."""
+    """wga, with its weight held constant in one of several ways."""
 
     how: str = ""
 
@@ -123,7 +125,7 @@ class Once(torch.autograd.Function):
 
 
 class Silent(Once):
-    """The same, and its gradient is a constant to torch."""
+    """A square whose gradient is a constant to torch."""
 
     @staticmethod
     def backward(ctx, grad):
@@ -146,7 +148,7 @@ class Squared(Objective):
 
 @pytest.mark.parametrize("by", [1, 2], ids=["torch raises", "silent"])
 def test_a_gradient_without_derivative_is_refused_by_name(by):
-    """And the reverse engine, which needs none, serves it."""
+    """The reverse engine, which needs no second derivative, serves the objective."""
     model, retain = build("gpt2"), samples([5], 2)
     forget = samples([6, 7], 1)
 
@@ -179,7 +181,7 @@ UNDERFLOWING = [WGA(12), WGA(21), WGA(60), WGA(400), SatImp(beta1=60), SimNPO(be
 @pytest.mark.parametrize("faint", UNDERFLOWING, ids=str)
 @pytest.mark.parametrize("alone", [True, False])
 def test_weights_that_underflow_stop_no_run(faint, alone):
-    """Whichever of its kind is tried first: what fp32 cannot hold says nothing of the code."""
+    """Any objective of a kind may be tried first; values below fp32's range prove no fault."""
     plain = type(faint)()
     for objectives in [[faint]] if alone else [[faint, plain], [plain, faint]]:
         found = effects(objectives, "forward")
@@ -191,7 +193,7 @@ def test_weights_that_underflow_stop_no_run(faint, alone):
 
 @dataclass(frozen=True)
 class Faint(Squared):
-    """Squares of log-probabilities of the tokens above one, times a factor in fp64."""
+    """Squares of the log-probabilities of tokens above one, times a factor in fp64."""
 
     factor: float = 1.0
     above: int = 0
@@ -209,7 +211,7 @@ def test_a_wrong_objective_is_seen_behind_one_of_its_kind_that_says_nothing(fact
 
 
 def test_a_wrong_objective_is_seen_in_a_later_batch():
-    """Where the first batch has nothing to tell by, as no token of it counts."""
+    """In the first batch no token counts, so that the batch shows nothing."""
     low, high = ({"input_ids": [3, i, i], "labels": [-100, i, i]} for i in (5, 25))
     for forget in ([low, high], [high, low]):
         with pytest.raises(InputError, match=r"the gradient of its token_terms has no derivative"):
@@ -232,7 +234,7 @@ def test_terms_that_depend_on_nothing_do_not_move(needs, make_data):
 
 
 def test_a_model_that_holds_something_constant():
-    """What it computes under `no_grad`, or detaches, on its way to the logits."""
+    """The model computes under `no_grad`, or detaches, on its way to the logits."""
 
     def held(module, how):
         forward = module.forward

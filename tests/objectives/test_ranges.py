@@ -1,4 +1,4 @@
-"""Sweeps: what ranges in objective strings mean; bad ones are in `bad_input`."""
+"""Sweeps: the meaning of ranges in objective strings; bad ranges are in `bad_input`."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_list_is_split_where_no_bracket_is_open():
 
 
 def test_values_are_those_that_labels_say():
-    """Rounded to 6 digits, and the rounded value is used."""
+    """Values are rounded to 6 digits, and the rounded value is used."""
     for values, objective in expand("wga(alpha=0.1:7:30)").members:
         assert objective == WGA(alpha=values[0])
         assert str(objective) == f"wga(alpha={values[0]:.6g})"
@@ -181,7 +181,7 @@ def test_ranges_belong_to_sweeps(read):
 
 
 def test_the_grammar_is_without_ambiguity(caplog):
-    """Where the next token leaves two ways, lark takes one and says so in its log only."""
+    """Where a token leaves two ways to parse, lark takes one and says so in its log only."""
     from lark import Lark, logger
 
     def complaints(grammar):

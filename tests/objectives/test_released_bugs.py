@@ -1,4 +1,4 @@
-"""What released implementations of these objectives get wrong, and these do not.
+"""Errors of released implementations of these objectives, which the objectives here do not have.
 
 That batches add up, with no average that depends on their order, is in test_objective_formulas.py;
 frozen parameters and effects that are lost are in tests/measure/test_profile_objectives.py.
@@ -36,7 +36,7 @@ NEW += [part for _, part in PDU(eps=1).parts()]
 
 
 def padded(q, n):
-    """The sequence with `n` unlabelled tokens behind it, whose numbers are large."""
+    """The sequence with `n` unlabelled tokens behind it, whose outputs are large."""
 
     def grown(values, size):
         end = size * torch.arange(values.shape[-1], dtype=values.dtype)
@@ -55,7 +55,7 @@ def padded(q, n):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("o", NEW, ids=str)
 def test_ignored_tokens_count_nowhere(make_data, o, reduction):
-    """Neither in the normaliser of a mean, nor as positions to hold to the reference."""
+    """Ignored tokens are neither in the normaliser of a mean, nor held to the reference."""
     data = make_data(o.roles, seed=21)
     plain = data.case(reduction)
     data.samples = [[padded(q, 2 + 3 * i) for q in s] for i, s in enumerate(data.samples)]
@@ -77,7 +77,7 @@ def satimp_weight(o, logprob):
 
 
 def test_two_exponents_are_two_parameters():
-    """One was passed for both."""
+    """Released code passed one exponent for both parameters."""
     p = 0.3
     logprob = torch.tensor(p, dtype=torch.float64).log().item()
     assert satimp_weight(SatImp(2, 0.5), logprob) == pytest.approx(p**2 * 0.7**0.5, rel=1e-14)
@@ -85,7 +85,7 @@ def test_two_exponents_are_two_parameters():
 
 
 def test_small_weights_do_not_collapse():
-    """An epsilon in a quotient flattens them; powers of a probability that underflows lose them."""
+    """An epsilon in a quotient flattens small weights; powers that underflow lose them."""
     o = SatImp(beta1=0.5, beta2=2)
     assert satimp_weight(o, -900.0) / satimp_weight(o, -904.0) == pytest.approx(
         7.38905609893, 1e-10
@@ -111,7 +111,7 @@ def test_ceu_weights_of_rare_labels_do_not_collapse(make_data):
 
 @pytest.mark.parametrize("o", [RMU(seed=4), RMUMask(seed=4)], ids=str)
 def test_random_features_are_the_same_in_every_process(o):
-    """They were drawn from the process's own generator."""
+    """Released code drew the features from the process's own generator."""
     method = "mask" if isinstance(o, RMUMask) else "control"
     script = (
         "import torch, sys; from geffect_fast.objectives import parse; torch.rand(9); "
@@ -130,7 +130,7 @@ def test_random_features_are_the_same_in_every_process(o):
 
 @pytest.mark.parametrize("o", [RMUMask(0), RMUMask(8), RR(0), RR(8)], ids=str)
 def test_the_first_and_the_last_layer_exist(make_data, o):
-    """The layer was looked up in a list that had no such index."""
+    """Released code looked the layer up in a list that had no such index."""
     case = make_data(("answer",), seed=23).case("token")
     found = gradient(o, case, by="hidden")
     assert found[o.layer].any()

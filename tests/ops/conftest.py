@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_shim"))
-# Last: what it holds must not come before modules of the same names.
+# Last, so that modules of benchmarks/ do not hide modules of the same names.
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from op_providers import INSTALLED, serving, why_missing

@@ -1,4 +1,4 @@
-"""Who can serve the ops in these tests."""
+"""The providers that can serve the ops in these tests."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def serving(provider: str) -> contextlib.AbstractContextManager[None]:
 
 
 def repeated(provider: str) -> list[contextlib.AbstractContextManager[None]]:
-    """Return contexts in each of which a call gives the same bits once more.
+    """Return contexts in each of which a call must give the same bits again.
 
     Threads and blocks of the CUDA kernels run in another order between any two barriers, where a
-    missing one shows.
+    missing barrier shows.
     """
     if provider == CUDA_SHIM:
         return [cuda_shim.thread_order(cuda_shim.SHUFFLED)]

@@ -24,8 +24,8 @@ def _tensors(arg: Any) -> list[Tensor]:
 class Sample(NamedTuple):
     """Arguments of one op, named for the test report.
 
-    `for_cuda` is False of sizes that only the CPU kernels' blocks need: those of the CUDA kernels
-    are crossed by smaller ones, and without a GPU they run thread by thread.
+    `for_cuda` is False for sizes that only the CPU kernels' blocks need. Smaller sizes cross the
+    blocks of the CUDA kernels, which run thread by thread where there is no GPU.
     """
 
     op: str
@@ -168,7 +168,7 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
     wide_long = make.rows([1100, 2], 520, 300)  # longer than the tokens multiplied at once
     deep = make.rows([9, 3], 2100, 520)  # more features than are multiplied at once
     wide_tiles = make.rows([200, 60], 520, 300)
-    many = make.rows([20] * 19, 6, 5)  # more than rows of a result that are computed at once
+    many = make.rows([20] * 19, 6, 5)  # more rows of a result than are computed at once
     many_pairs = make.rows([10] * 30, 100, 110)  # more tokens than are multiplied at once
     wide_v = make(2, 530, 700)
     expanded = make(1, 9).expand(len(a), 9)
@@ -185,9 +185,9 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
     many_lists = [[make(3, 7), make(700)] for _ in range(17)]
     long_lists = [[make(9001), make(130)] for _ in range(16)]  # longer than a block reads at once
     unaligned = [[make(3005)[j % 2 :][:3003], make(40)[j:][:30]] for j in range(10)]
-    small = [[make(1 + p % 3) for p in range(1100)]]  # more than one launch describes
+    small = [[make(1 + p % 3) for p in range(1100)]]  # more tensors than one launch describes
     columns = make(3, len(a), 4104)  # rows on 16-byte boundaries, wider than a warp reads at once
-    tokens = make(9, 2100, 8)  # more than a warp sums up
+    tokens = make(9, 2100, 8)  # more tokens than a warp sums up
     every_second = make(3, len(a), 32)[..., ::2]
     return [
         Sample("segment_bilinear", "three directions", (a, g, v, cu)),

@@ -1,4 +1,4 @@
-"""The rules of csrc/cuda/choose.h against what every form took on a GPU: benchmarks/results."""
+"""The rules of csrc/cuda/choose.h against the times of every form on a GPU: benchmarks/results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MEASURED = [
     ("nvidia-h100-80gb-hbm3.csv", 90, 132, 112),
     ("nvidia-h200.csv", 90, 132, 29),
 ]  # compute capability, multiprocessors, cases
-FORMS = ("fused", "sm90", "cublas", "gradient")  # as choose.h numbers them
+FORMS = ("fused", "sm90", "cublas", "gradient")  # in the order of choose.h
 NEARLY_BEST, AT_MOST, SHARE = 1.05, 1.2, 0.95
 SHAPE = re.compile(r"(\d+)x(\d+) T=(\d+) M=(\d+)( short)?")
 
 
 @cache
 def milliseconds(file: str) -> dict[tuple[str, str], dict[str, float]]:
-    """Times of the forms of segment_bilinear by (shape, dtype)."""
+    """Times of the forms of segment_bilinear, by (shape, dtype)."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     with (RESULTS / file).open(newline="") as lines:
         for row in csv.DictReader(lines):
@@ -40,7 +40,7 @@ def milliseconds(file: str) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def sizes_of(shape: str) -> list[int]:
-    """Tokens, segments, d_in, d_out, directions of a case of benchmarks/gpu_cases.py."""
+    """Tokens, segments, d_in, d_out and directions of a case of benchmarks/gpu_cases.py."""
     d_in, d_out, total, m, short = SHAPE.fullmatch(shape).groups()
     longest = {"longest": 100} if short else {}
     bounds = Maker(torch.device("cpu")).bounds(int(total), **longest)
@@ -58,7 +58,7 @@ def chosen(rows: list[list[int]]) -> list[str]:
 
 
 class Case(NamedTuple):
-    """A measured case: what its forms took, which one the rules choose, what they predict."""
+    """A measured case: the times of its forms, the form that rules choose, and predicted times."""
 
     shape: str
     dtype: str
@@ -119,7 +119,7 @@ def test_the_form_chosen_is_nearly_the_best(
 def test_predictions_are_near_what_was_measured(
     form: str, file: str, capability: int, multiprocessors: int
 ) -> None:
-    """As the rules need it: at nine of ten cases within a factor of 1.5."""
+    """The rules need predictions within a factor of 1.5, at nine of ten cases."""
     cases = [
         case
         for case in cases_of(file, capability, multiprocessors)
@@ -130,13 +130,13 @@ def test_predictions_are_near_what_was_measured(
     assert low >= 1 / 1.5 and high <= 1.5, (low, high, lines_of(cases[:10]))
 
 
-GHOST_FORMS = (None, "gram", "gradient", "clusters")  # as choose.h numbers them
+GHOST_FORMS = (None, "gram", "gradient", "clusters")  # in the order of choose.h
 EQUAL = re.compile(r"(\d+)x(\d+) T=(\d+) (\d+) each")
 
 
 @pytest.mark.parametrize("file", [measured[0] for measured in MEASURED])
 def test_the_form_of_norms_is_nearly_the_best(file: str) -> None:
-    """Of segments of one length: others may take several forms in one call."""
+    """The segments are of one length: others may take several forms in one call."""
     found: dict[tuple[int, ...], dict[str, float]] = {}
     with (RESULTS / file).open(newline="") as lines:
         for row in csv.DictReader(lines):
@@ -162,11 +162,11 @@ HOPPER, AMPERE, BLACKWELL = (90, 132), (80, 108), (100, 148)
 @pytest.mark.parametrize(
     ("device", "tensor_cores", "gradients", "sizes", "form"),
     [
-        # a layer whose tiles fill the device, one that has few, and with few directions
+        # a layer whose tiles fill the device, one with few tiles, and one with few directions
         (HOPPER, True, True, (8192, 32, 4096, 4096, 2), "sm90"),
         (HOPPER, True, True, (2048, 8, 4096, 1024, 2), "cublas"),
         (HOPPER, True, True, (2048, 8, 2048, 512, 4), "fused"),
-        # two directions share a product where segments are long, not for results by token
+        # two directions share a product where segments are long, but not for results by token
         (HOPPER, True, True, (16384, 4, 4096, 4096, 2), "gradient"),
         (HOPPER, True, False, (16384, 4, 4096, 4096, 2), "sm90"),
         (HOPPER, True, True, (16384, 4, 4096, 4096, 1), "sm90"),

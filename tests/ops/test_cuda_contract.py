@@ -1,4 +1,4 @@
-"""What CUDA kernels promise beyond their values, tested without a GPU."""
+"""Guarantees of the CUDA kernels beyond their values, tested without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every form of the CUDA ops gives the formula, on every kind of device; which form serves."""
+"""Every form of the CUDA ops gives the formula on every kind of device; the choice of the form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if (_reason := cuda_shim.why_missing()) is not None:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AMPERE, HOPPER, BLACKWELL = 8, 9, 10
-# Segments that end within tiles, on their edges, and that a tile cannot hold; empty ones between.
+# Segments end within tiles, on their edges, or exceed a tile; empty segments lie between them.
 LENGTHS = [130, 0, 64, 1, 60]
 GHOST, BILINEAR = "GEFFECT_FAST_GHOST_FORM", "GEFFECT_FAST_BILINEAR_FORM"
 
@@ -62,8 +62,8 @@ def assert_right(sample: Sample, *found: torch.Tensor) -> None:
         assert_close_to_formula(sample, one, tensor_cores=tensor_cores, formula=formula)
 
 
-# Of both halves the code is one; fp32 asks neither for tensor cores nor for the capability, and the
-# host lays out transposed directions, for whatever form.
+# fp16 and bf16 share their code. fp32 needs neither tensor cores nor the capability. The host lays
+# out transposed directions, for any form.
 @pytest.mark.parametrize(
     ("name", "dtype", "capability"),
     [
@@ -120,7 +120,7 @@ CHOICES = [
 def test_bilinear_form_by_sizes(
     name: str, capability: int, lengths: list[int], count: int, form: str, monkeypatch
 ) -> None:
-    """Forms add in different orders: equal bits tell which one ran."""
+    """Forms add in different orders, so equal bits show which form ran."""
     a, g, cu = rows(lengths, 150, 130)
     sample = Sample("segment_bilinear", name, (a, g, directions(count, 130, 150), cu))
     chosen = run(sample, capability)
@@ -148,7 +148,7 @@ def test_ghost_norm_form_by_sizes(lengths: list[int], d: int, form: str, monkeyp
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
 @pytest.mark.parametrize("form", ["", "fused", "cublas"])
 def test_few_blocks_do_all_tiles(form: str, capability: int, monkeypatch) -> None:
-    """With one multiprocessor there are 16 blocks: fewer than tiles, or rows of results."""
+    """One multiprocessor runs 16 blocks, fewer than there are tiles, or rows of results."""
     a, g, cu = rows([200, 0, 411], 70, 40)
     sample = Sample("ghost_dot", "", (a, g, cu, *rows([300, 150, 1], 70, 40)))
     if form:
@@ -164,7 +164,7 @@ def test_few_blocks_do_all_tiles(form: str, capability: int, monkeypatch) -> Non
 @pytest.mark.parametrize("multiprocessors", [1, 8, 132])
 @pytest.mark.parametrize("layer", [(300, 260), (70, 600), (900, 40)])
 def test_clusters_of_every_size(layer: tuple[int, int], multiprocessors: int, monkeypatch) -> None:
-    """The fewer tiles a multiprocessor has, the more blocks share one; of `a` or `g`, by width."""
+    """The fewer tiles a multiprocessor has, the more blocks share one, of `a` or `g` by width."""
     monkeypatch.setenv(GHOST, "clusters")
     sample = Sample("ghost_norm", "", rows([200, 0, 3, 70], *layer))
     with cuda_shim.device(multiprocessors=multiprocessors):
@@ -172,8 +172,10 @@ def test_clusters_of_every_size(layer: tuple[int, int], multiprocessors: int, mo
 
 
 def test_clusters_of_other_sizes_in_turn(monkeypatch) -> None:
-    """Four blocks for one sample, two for many: what one launch asks of the device holds for the
-    next as well."""
+    """Four blocks share one sample, two share many.
+
+    The device attributes that one launch sets hold for the next launch as well.
+    """
     monkeypatch.setenv(GHOST, "clusters")
     with cuda_shim.device(multiprocessors=8):
         for n in (1, 40, 1):
@@ -197,12 +199,12 @@ WRONG = [[0, 120, 80, 200], [0, -5, 80, 200], [0, 40, 80, 230], [3, 40, 80, 200]
         *(("ghost_norm", c) for c in (AMPERE, HOPPER)),
         *(("ghost_dot", c) for c in (AMPERE, HOPPER)),
         *(("segment_bilinear", c) for c in (AMPERE, HOPPER)),
-        ("segment_dot", HOPPER),  # which does not ask for it
+        ("segment_dot", HOPPER),  # does not read the capability
     ],
 )
 @pytest.mark.parametrize("offsets", WRONG)
 def test_wrong_offsets_are_nan_and_reported(op: str, offsets: list[int], capability: int) -> None:
-    """No access outside of the tensors; NaN where a segment is wrong; the next call says so."""
+    """Accesses stay inside of tensors; a wrong segment gives NaN; the next call says so."""
     cuda_shim.load_kernels()
     a, g, good = rows([40, 40, 120], 96, 80)
     v = directions(2, 80, 96)
@@ -240,7 +242,7 @@ NUMELS = [5003, 1024, 3]
 )
 @pytest.mark.parametrize("n_lists", [4, 8, 9, 16, 18])
 def test_gram_of_many_lists(n_lists: int, dtype: torch.dtype, first: int) -> None:
-    """On 16 bytes, and one element off them."""
+    """Lists begin on 16 bytes, and one element off."""
     make = Maker(dtype, seed=n_lists)
     lists = [[make(first + n)[first:] for n in NUMELS] for _ in range(n_lists)]
     sample = Sample("multi_tensor_gram", "", (lists, [0, 1, 1]))

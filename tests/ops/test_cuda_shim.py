@@ -1,4 +1,4 @@
-"""The stand-in for CUDA in tests of kernels: what it computes and which errors it finds."""
+"""The stand-in for CUDA in tests of kernels: its results, and the errors that it finds."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run() -> Callable[..., Tensor]:
     return call
 
 
-# ---- what it computes ----
+# ---- results ----
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -133,14 +133,14 @@ def test_multiply_add(run, dtype: torch.dtype, order: int) -> None:
 
 
 def test_tensor_cores_cut_off(run) -> None:
-    """Terms behind the 25th binary place after the largest one's first."""
+    """Bits of terms behind the 25th binary place after the largest term's first are dropped."""
     a, b = torch.zeros(16, 16), torch.zeros(16, 8)
     a[0, 0] = a[1, 0] = a[2, 0] = a[3, 0] = 1.0
     b[0] = 1.0
     a[0, 1:9], a[1, 1:9], a[2, 1:9], a[3, 1:9] = 2.0**-13, -(2.0**-13), 2.0**-12, -(2.0**-14)
     b[1:9] = 2.0**-12
     found = run("product", a.half(), b.half())[:4, 0].double() - 2
-    # 1 + 1 and eight times +-2^-25, 2^-24 and -2^-26, of which nothing is left
+    # 1 + 1 and eight times +-2^-25, 2^-24, or -2^-26, which are dropped entirely
     assert found.tolist() == [2.0**-22, -(2.0**-22), 2.0**-21, 0.0]
 
 
@@ -166,7 +166,7 @@ def test_copy_fills_up_with_zeros(run, n_bytes: int) -> None:
     assert torch.equal(run("partial_copy", X, n_bytes), copied.flatten().view(torch.float32))
 
 
-# ---- what it finds ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_limits_of_grids_and_blocks(run, shape: tuple[int, ...], message: str) -
 
 
 def test_launch_bounds(run) -> None:
-    """Without them a compiler may give a thread 255 of a block's 64 K registers."""
+    """Without bounds a compiler may give a thread 255 of a block's 64 K registers."""
     for threads, with_bounds, message in (
         (128, True, ""),
         (129, True, r"129 threads a block of a kernel with __launch_bounds__\(128\)"),
@@ -404,7 +404,7 @@ def test_instructions_need_their_device(run) -> None:
                         RuntimeError, match=f"{instruction}.*: no code for a device"
                     ):
                         run(*call)
-                elif (major, instruction) != (7, "wgmma"):  # which begins with cp.async
+                elif (major, instruction) != (7, "wgmma"):  # it begins with cp.async
                     run(*call)
 
 
@@ -446,7 +446,7 @@ def test_device_can_be_chosen(run) -> None:
 
 @pytest.mark.parametrize("header", ["intrinsics.cuh", "warpgroup.cuh", "gemm.h"])
 def test_every_function_is_emulated(header: str) -> None:
-    """A kernel that uses a new one would not compile; this says so before."""
+    """A kernel that uses a new function would not compile; this test says so first."""
 
     def functions(folder: str) -> set[str]:
         text = (cuda_shim.ROOT / folder / header).read_text()

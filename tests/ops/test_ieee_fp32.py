@@ -42,7 +42,7 @@ def as_torch_has_them():
 
 
 def said_by_torch():
-    """All that torch says of its switches; "refused" where they contradict each other."""
+    """The state of torch's switches; "refused" where they contradict each other."""
     said = {name: switch.fp32_precision for name, switch in SWITCHES.items()}
     for name, ask in (
         ("products", torch.get_float32_matmul_precision),

@@ -1,4 +1,4 @@
-"""The ops that capture alone calls, for norms: against the formula in fp64."""
+"""The ops for norms that only capture calls, against the formula in fp64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def call(op, *args):
 
 
 def assert_near(found, expected, size, dtype):
-    """Sums in fp32 (fp64) or better: an error of a few roundings of the terms' absolute sum."""
+    """Check sums in fp32 (fp64) or better: the error is a few roundings of the absolute sum."""
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert found.shape == expected.shape and found.is_contiguous()
     eps = torch.finfo(found.dtype).eps

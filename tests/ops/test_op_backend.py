@@ -1,4 +1,4 @@
-"""Which provider serves, and what is said about a missing one."""
+"""The choice of the provider, and the messages about a missing one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_build_info_agrees_with_the_providers() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A build with CUDA kernels of every op, on a machine with an H100; nothing is run there."""
+    """A build with CUDA kernels of every op, on a machine with an H100; no kernel runs."""
     monkeypatch.setattr(backend, "NATIVE_MISSING", None)
     monkeypatch.setattr(backend, "HOPPER_MISSING", None)
     monkeypatch.setattr(backend, "has_native", lambda op, device: True)
@@ -133,7 +133,7 @@ def test_gpus_that_code_runs_on(target: str, runs: list, not_on: list) -> None:
 
 
 def test_reference_serves_what_cuda_kernels_decline(gpu: pytest.MonkeyPatch) -> None:
-    """Tensors of the CPU stand for those of a GPU: what counts is who is called."""
+    """CPU tensors stand for a GPU's: the test is of the provider that is called."""
     called = []
     gpu.setitem(schema.REFERENCES, "ghost_norm", lambda *args: called.append("ghost_norm"))
     gpu.setitem(schema.REFERENCES, "multi_tensor_gram", lambda *args: called.append("gram"))
@@ -192,7 +192,7 @@ values = [value for tensor in found for value in tensor.flatten().tolist()]
 
 
 def test_older_instructions_give_the_same_values() -> None:
-    """What a processor without AVX-512 runs; `make sanitize` has those without AVX2."""
+    """Processors without AVX-512 run this code; `make sanitize` tests those without AVX2."""
     chosen: dict[str, Any] = {}
     exec(VALUES, chosen)
     older = run_python(VALUES + "print(*values)", ATEN_CPU_CAPABILITY="avx2").stdout.split()

@@ -1,4 +1,4 @@
-"""What torch asks of an op (opcheck), what a wrong call gets, no derivative lost in silence."""
+"""Requirements of torch on an op (opcheck), wrong calls, and refusal of missing derivatives."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_forward_mode_is_refused(op: str, provider: str) -> None:
 
 @pytest.mark.parametrize("op", schema.SCHEMAS)
 def test_reference_called_directly_has_derivatives(op: str) -> None:
-    """The error of forward mode sends people there."""
+    """The error of forward mode points users to the reference."""
     args = CANONICAL[op]
     first = (args[0][0] if isinstance(args[0], list) else args[0]).double()
 

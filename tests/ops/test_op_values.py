@@ -22,7 +22,7 @@ from op_samples import DTYPES, Maker, Sample, offsets, sample_inputs
 
 
 def emulated(sample: Sample, dtype: torch.dtype) -> bool:
-    """Whether the CUDA kernels run for it, thread by thread: of both halves their code is one."""
+    """Whether CUDA kernels run thread by thread on the host; fp16 and bf16 share their code."""
     if dtype == torch.float16:
         return sample.numel < 2000
     return sample.for_cuda and dtype != torch.float64
@@ -48,7 +48,7 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def magnitude(sample: Sample) -> torch.Tensor:
-    """The sum of the absolute terms of every result: what rounding errors are proportional to."""
+    """The sum of the absolute terms of every result, to which rounding errors are proportional."""
     positive = tuple(_absolute(arg) for arg in sample.args)
     return sample._replace(args=positive).expected()
 
@@ -71,7 +71,7 @@ def matmul_depth(sample: Sample) -> int:
 
 @cache
 def of_formula(dtype: torch.dtype, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`expected` and `magnitude` of a sample, which several providers are compared with."""
+    """`expected` and `magnitude` of a sample, kept for comparison with several providers."""
     sample = sample_inputs(dtype)[index]
     return sample.expected(), magnitude(sample)
 
@@ -83,7 +83,7 @@ def assert_close_to_formula(
     tensor_cores: bool = False,
     formula: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Products of inputs are summed in fp32 (fp64) or better, whatever the inputs' precision.
+    """Check that products of inputs are summed in fp32 (fp64) or better, in any input precision.
 
     Tensor cores cut off what does not fit when they add 16 products to a sum, as in any GEMM: where
     all products have one sign, so have these errors.

@@ -1,4 +1,4 @@
-"""A probe in anyone's Trainer on several ranks, whose weights are whole on each or in parts."""
+"""A probe in any Trainer on several ranks, whose weights are whole on each rank or in parts."""
 
 import os
 
@@ -32,7 +32,7 @@ class Rows(Dataset):
 
 
 def trained(folder, kind):
-    """The probes of a training, and a profile of the model in the end, on its own."""
+    """The probes of a training, and a separate profile of the final model."""
     model, reference = build("llama"), folder / "before"
     callback = gf.integrations.GEffectCallback(
         SETS,

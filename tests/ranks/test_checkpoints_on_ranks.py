@@ -1,4 +1,4 @@
-"""Checkpoints on several ranks: one folder, which a run of any number of ranks goes on with."""
+"""Checkpoints on several ranks: one folder, which a run of any number of ranks resumes."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ STEPS = (5, 120)
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """Checkpoints of a model that drifts, their data, and what one process says of them."""
+    """Checkpoints of a model that drifts, their data, and the result of one process."""
     folder = tmp_path_factory.mktemp("checkpoints")
     model = build("llama")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -81,7 +81,7 @@ def lost(folder):
 
 
 def in_python(folder):
-    """In memory, and in a folder where the last checkpoint is of no use; and in parts."""
+    """Profiles in memory, in a folder whose last checkpoint is unusable, and of models in parts."""
     said = profiled(folder, "parts", "--shard", "fsdp")
     assert said == (0, ""), said
     given = {"forget": samples([5, 9, 3, 7], 4), "retain": samples([7, 4], 2)}

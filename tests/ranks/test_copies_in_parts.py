@@ -1,4 +1,4 @@
-"""`--shard hsdp`: the ranks of each host have a copy of the model in parts."""
+"""`--shard hsdp`: the ranks of each host together hold a copy of the model in parts."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.slow
 
 
 def words_for(study, out):
-    """A profile, a training, and one by an update rule that compares single retain rows."""
+    """Commands: a profile, a training, and one by an update rule that compares retain rows."""
     rows = ("--forget", f"{study}/forget.jsonl", "--retain", f"{study}/retain.jsonl")
     given = ("--model", f"{study}/model", "--dtype", "float64", *rows, "--quiet")
     profile = ("profile", "--objectives", "ga", "npo", "--reference", f"{study}/reference")
     steps = ("--steps", "2", "--probe-every", "2", "--probe-rows", "2", "--batch-size", "3")
     steps += ("--learning-rate", "1e-3")
-    plainly = ("--optimizer", "sgd")  # Adam makes steps of what rounding leaves of a projection
+    plainly = ("--optimizer", "sgd")  # Adam turns the rounding that a projection leaves into steps
     unlearn = ("unlearn", *steps, "--no-second-order", "--objective")
     return [
         [*profile, *given, "--out", f"{out}/profile"],
@@ -32,7 +32,7 @@ def words_for(study, out):
 
 
 def on_two_hosts(study, out):
-    """What commands say on this rank of four, two to a host, and of which meshes models were."""
+    """Results of commands on this rank of four, two to a host, and the meshes of the models."""
     meshes = []
     plain = models.shard
 
@@ -70,7 +70,8 @@ def test_copies_of_a_model_give_what_one_process_finds(study, tmp_path, undrawn)
     assert abs(one.g_effect - other.g_effect).max() <= 1e-12 * abs(one.g_effect).max()
     assert abs(one.grad_norm - other.grad_norm).max() <= 1e-12 * abs(one.grad_norm).max()
     before = load_model(study / "model", "float64")
-    # Norms compute in fp32 also here, and sums of rows' gradients go through them in parts alone.
+    # Norms compute in fp32 here too, and sums of rows' gradients pass them only where models are
+    # parts.
     for run, exact in (("plain", 1e-9), ("by_rule", 1e-6)):
         one, other = (load_model(tmp_path / name / run / "model") for name in ("alone", "ranks"))
         for name, p in one.named_parameters():

@@ -1,4 +1,4 @@
-"""Measures are those of one process, whatever the number of ranks, and the same on all of them."""
+"""Measures equal those of one process on any number of ranks, and are the same on all ranks."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def both():
 
 
 def parts():
-    """Of models that ranks share out."""
+    """Measures of models that ranks share out."""
     with pytest.raises(InputError) as error:
         measured(FEW | {"metrics": "nll, reference", "vocabulary": 280}, in_parts=True)
     whole, model = adapted(), adapted()
@@ -80,7 +80,7 @@ def parts():
 
 
 def adapted():
-    """A model with an adapter that changes what it says."""
+    """A model with an adapter that changes its outputs."""
     torch.manual_seed(5)
     settings = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     return get_peft_model(blank_model(tokenizer()).double(), settings).eval()
@@ -198,7 +198,7 @@ def numbers(doc, results):
 
 
 def tasks_in(folder):
-    """Tasks that score whatever a model says, as settings."""
+    """Settings of tasks that give scores for any model."""
     write_jsonl(ROWS[:5], folder / "asked.jsonl")
     kept = {"data_files": {"test": str(folder / "asked.jsonl")}, "cache_dir": str(folder)}
     (folder / "said.py").write_text(SAID, encoding="utf-8")
@@ -213,16 +213,16 @@ def tasks_in(folder):
 
 
 def with_tasks(tasks):
-    """Measures of a model that is whole, and of one and an adapter that ranks share out."""
+    """Measures of a whole model, and of a model and an adapter that ranks share out."""
     tasks_of = pytest.importorskip("lm_eval.tasks")
     on_several = dist.is_initialized()
-    if on_several:  # as torchrun has it, of which the harness takes note
+    if on_several:  # torchrun sets these, and the harness reads them
         os.environ["LOCAL_RANK"] = str(dist.get_rank())
     few = FEW | {"metrics": ["nll"]} | tasks
     model = adapted()
     if on_several:
         shard(model, ranks.here(), torch.device("cpu"))
-    with pytest.MonkeyPatch.context() as patch:  # to read 13,000 tasks takes long
+    with pytest.MonkeyPatch.context() as patch:  # reading 13,000 tasks takes long
         own = partial(tasks_of.TaskManager, include_defaults=False)
         patch.setattr(tasks_of, "TaskManager", own)
         return [

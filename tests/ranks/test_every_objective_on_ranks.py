@@ -30,7 +30,7 @@ OBJECTIVES = [
 
 
 def profiled(kind):
-    """By sample with the reverse engine, by token with the forward one."""
+    """Profiles by sample with the reverse engine, and by token with the forward one."""
     model, other = (build("llama", torch.float64, seed) for seed in (0, 1))
     for each in (model, other) if kind == "parts" else ():
         shard(each, ranks.here(), torch.device("cpu"))

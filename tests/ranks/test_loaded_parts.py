@@ -1,4 +1,4 @@
-"""A model that ranks share out is read by the first one alone, and is what it read, bit by bit."""
+"""A model that ranks share out is read by the first rank alone, and equals its file bit by bit."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from geffect_fast import ranks
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.errors import InputError
-from geffect_fast.measure import execute
-from geffect_fast.measure.execute import loaded
+from geffect_fast.measure import by_config
+from geffect_fast.measure.by_config import load_by_config
 from geffect_fast.measure.models import load_model, load_parts
 from geffect_fast.ranks import Ranks
 
@@ -34,7 +34,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder of models: of every kind, an adapter, and one whose code lies beside it."""
+    """A folder of models of every kind, an adapter, and a model with its code beside it."""
     folder = tmp_path_factory.mktemp("models")
     for kind in KINDS:
         build(kind, torch.bfloat16 if kind == "llama" else torch.float32).save_pretrained(
@@ -61,7 +61,7 @@ def turned(model):
 
 
 def described(model):
-    """A model's tensors, and what else is to be the same."""
+    """A model's tensors, and other state that must agree."""
     tensors = {
         name: x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
         for name, x in (*model.named_parameters(), *model.named_buffers())
@@ -85,8 +85,10 @@ def reads(*_, **__):
 
 
 def in_parts(folder, own_cache):
-    """Models in parts, of which others than the first rank read none, and of each the most bytes of
-    whole weights that this rank held beside its part."""
+    """Models in parts, which the first rank alone reads.
+
+    Beside each: the most bytes of whole weights that this rank held besides its part.
+    """
     send, held, most = Ranks.send, [], 0
 
     def sending(self, tensor):
@@ -100,7 +102,7 @@ def in_parts(folder, own_cache):
     found = {}
     with pytest.MonkeyPatch.context() as patch, ranks.here().together("load"):
         patch.setattr(Ranks, "send", sending)
-        # As on a machine of its own.
+        # Each rank has a cache of modules of its own, as on a separate machine.
         patch.setattr(
             "transformers.dynamic_module_utils.HF_MODULES_CACHE", f"{own_cache}/{dist.get_rank()}"
         )
@@ -117,7 +119,7 @@ def in_parts(folder, own_cache):
 
 
 def largest_group(model):
-    """Bytes of the largest of a model's blocks and the rest, which are whole together."""
+    """Bytes of the largest block of a model, or of the rest, which are whole at one time."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     blocks = [sum(p.nbytes for p in block.parameters()) for block in max(lists, key=len)]
     return max(*blocks, sum(p.nbytes for p in model.parameters()) - sum(blocks))
@@ -135,9 +137,9 @@ def test_parts_are_those_of_the_whole(models, tmp_path):
 
 
 def chosen(folder, device_bytes):
-    """Whether a model is shared out where rank 1 alone has little memory, and what was read."""
+    """Whether a model is shared out where only rank 1 lacks memory, and the files read."""
     config = SimpleNamespace(shard="auto", dtype="auto", trust_remote_code=False)
-    read, seen = execute.load_model, []
+    read, seen = by_config.load_model, []
 
     def reading(source, dtype, device, *args, **kwargs):
         seen.append(device)
@@ -145,20 +147,20 @@ def chosen(folder, device_bytes):
 
     own = device_bytes if dist.get_rank() else 2**40
     with pytest.MonkeyPatch.context() as patch, ranks.here().together("load"):
-        patch.setattr(execute, "free_memory", lambda _: own)
-        patch.setattr(execute, "load_model", reading)
-        return is_sharded(loaded(folder, config, CPU)), seen
+        patch.setattr(by_config, "free_memory", lambda _: own)
+        patch.setattr(by_config, "load_model", reading)
+        return is_sharded(load_by_config(folder, config, CPU)), seen
 
 
 def test_auto_decides_before_weights_are_read(models):
     folder = models / "adapter"
-    n_bytes = 2 * sum(p.nbytes for p in load_model(folder).parameters()) / execute.PART_FOR_MODEL
+    n_bytes = 2 * sum(p.nbytes for p in load_model(folder).parameters()) / by_config.PART_FOR_MODEL
     assert on_ranks(2, chosen, folder, n_bytes - 2) == [(True, ["meta"]), (True, [])]
     assert on_ranks(2, chosen, folder, n_bytes + 2) == [(False, ["meta", "cpu"]), (False, ["cpu"])]
 
 
 def failing(study, folder, broken):
-    """What ranks say of models that the first one cannot read, and whether they go on then."""
+    """Messages about models that the first rank cannot read, and whether the ranks go on."""
     words = ["profile", "--forget", f"{study}/forget.jsonl", "--retain", f"{study}/retain.jsonl"]
     words += ["--objectives", "npo", "--quiet", "--shard", "fsdp", "--out", f"{folder}/run"]
     found = [

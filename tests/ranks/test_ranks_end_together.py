@@ -1,4 +1,4 @@
-"""What goes wrong on one rank ends the call on all, with a line that says what, and no hang."""
+"""An error on one rank ends the call on all ranks, with a line that names it, and no hang."""
 
 import gc
 import os
@@ -75,7 +75,7 @@ def one_fails(how):
             with torch.no_grad():
                 model.lm_head.weight[3, 2] = torch.nan
         else:
-            reverse.model_outputs = fails  # when the risks' gradients are there
+            reverse.model_outputs = fails  # once the risks' gradients are there
     return profiled(model)
 
 
@@ -152,7 +152,7 @@ def test_one_rank_writes_the_file_that_all_read(tmp_path):
 
 
 def ended():
-    """What holds a process group that the program has ended, and what is said of using it."""
+    """References to a process group that the program has ended, and the message on using it."""
     kept = gf.ranks.here()
     groups = kept._groups
     torch.distributed.destroy_process_group()
@@ -163,14 +163,14 @@ def ended():
 
 
 def test_nothing_holds_a_group_that_has_ended():
-    """At its exit torch would end the process by an abort."""
+    """At exit, torch would abort the process."""
     for gone, said in on_ranks(2, ended):
         assert gone == [True, True]
         assert said.startswith("process group: it has ended; begin another one")
 
 
 def lacking():
-    """What is said where rank 1 lacks memory, and whether ranks still understand each other."""
+    """The message where rank 1 lacks memory, and whether ranks still exchange data."""
     here = gf.ranks.here()
     with (
         pytest.raises(gf.errors.OutOfMemoryError) as error,
@@ -193,7 +193,7 @@ def test_what_was_told_is_not_told_again():
 
 
 def first_fails_in_step():
-    """What is said where the first rank, which is late, fails at a meeting between exchanges."""
+    """The message where the first rank is late and fails at a meeting between exchanges."""
     here = gf.ranks.here()
 
     def fails():

@@ -1,4 +1,4 @@
-"""What `relearn`, `control` and the survey say on several ranks is what one process says."""
+"""`relearn`, `control` and the survey give on several ranks the numbers of one process."""
 
 import copy
 import itertools
@@ -104,7 +104,7 @@ def moved(base):
 
 
 def held(*models):
-    """Models as ranks hold them: in parts."""
+    """Copies of models; where there are ranks, each rank holds its parts."""
     models = [copy.deepcopy(model) for model in models]
     for model in models if dist.is_initialized() else ():
         shard(model, ranks.here(), torch.device("cpu"))
@@ -112,7 +112,7 @@ def held(*models):
 
 
 def as_it_is(model):
-    """All that is to be as it was: values, what is trained, modes, gradients."""
+    """State of a model that a call must restore: values, trained parameters, modes, gradients."""
     state = {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
         for name, tensor in model.state_dict().items()
@@ -125,7 +125,7 @@ def as_it_is(model):
 
 
 def called(where):
-    """What functions find of models as ranks hold them, which are left as they were."""
+    """Results of the functions for models that ranks hold, which must be left as they were."""
     reads = train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
     base, other = (blank_model(reads, seed).double() for seed in (1, 2))
     folder = where / "retrained"
@@ -151,7 +151,7 @@ def called(where):
 
 
 def refused():
-    """What is said of models that cannot be."""
+    """Messages about models that are refused."""
     reads = train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
     base = blank_model(reads)
     model, other = held(base, moved(base))

@@ -1,4 +1,4 @@
-"""`check` of models that FSDP2 shares out, by all ranks together: what one process finds."""
+"""`check` of models that FSDP2 shares out, by all ranks together, equals that of one process."""
 
 import os
 
@@ -59,7 +59,7 @@ def of_cases(names, sharded=True):
 
 
 def others(folder):
-    """The command, and what a rank says that gives other rows."""
+    """The exit code of the command, and the message of a rank that is given other rows."""
     os.chdir(folder)
     words = ["check", "--model", "model", "--data", "rows.jsonl", "--shard", "fsdp", "--quiet"]
     said = commanded(words)
@@ -83,7 +83,7 @@ def test_ranks_check_parts_as_one_process_checks_the_whole(size, names):
                 assert getattr(own, field) == getattr(expected, field), (name, field)
             for row, other in zip(own.kinds, expected.kinds, strict=True):
                 assert (row.kind, row.rules) == (other.kind, other.rules), name
-                # Of the wrong rule's that is 1; of the others rounding.
+                # For the wrong rule this is 1; for the others rounding.
                 for quantity, error in other.relative.items():
                     near = abs(row.relative[quantity] - error) <= own.tolerance
                     assert near, (name, row.kind, quantity)

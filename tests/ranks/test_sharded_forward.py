@@ -1,4 +1,4 @@
-"""The forward engine on models whose parameters FSDP2 shares out: the numbers of one process."""
+"""The forward engine on models that FSDP2 shares out gives the numbers of one process."""
 
 from contextlib import nullcontext
 
@@ -68,7 +68,7 @@ def profiler_of(model, **given):
 
 
 def measured_by_groups_of_its_own(is_sharded):
-    """A model as its user wraps it, groups within groups."""
+    """A model as its user wraps it, with groups within groups."""
     model = build("llama", torch.float64)
     layers = model.model.layers
     seen = []
@@ -110,8 +110,8 @@ def moves_of_a_sharded_model():
     in_a_block = sum(size for name, size in sizes.items() if ".layers.0." in name)
     in_the_root = sum(size for name, size in sizes.items() if ".layers." not in name)
     own, everyone = 4 * sum(p.numel() for p in plan.held.values()), ranks.here()
-    one = max(everyone.meet(own)) + 2 * in_a_block + in_the_root  # the next one is on its way
-    short = int(everyone.rank == 1)  # of a byte
+    one = max(everyone.meet(own)) + 2 * in_a_block + in_the_root  # the next group is on its way
+    short = int(everyone.rank == 1)  # a byte less
     return [
         [move.risks for move in moves_for(plan, [0] * len(sizes), 3, room)]
         for room in (2 * one, 2 * one - short)

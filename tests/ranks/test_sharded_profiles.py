@@ -83,7 +83,7 @@ def of_cases(sharded, names):
                 else:
                     shard(model, ranks.here(), torch.device("cpu"))
                 with torch.no_grad():
-                    model(input_ids=torch.arange(5)[None])  # behind which its root is whole
+                    model(input_ids=torch.arange(5)[None])  # this leaves the root whole
                 assert is_sharded(model)
         found[name] = profiled(architecture, dtype, engine="reverse", **models, **given)
     return found
@@ -131,7 +131,7 @@ def test_rows_that_go_to_parts_of_directions_give_the_same():
 
 
 class Branches(nn.Module):
-    """A module of which a rank may use one half alone, as tokens do an expert."""
+    """A module of which a rank may use one half alone, as tokens use an expert."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +158,7 @@ def gradients_of_branches():
     ]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert (model.always.bias.grad.full_tensor() == 1).all()  # as the program had left it
+    assert (model.always.bias.grad.full_tensor() == 1).all()  # as the program left it
     return True
 
 
@@ -167,7 +167,7 @@ def test_what_one_rank_does_not_use_is_added_up_as_zero():
 
 
 def known_of_parts():
-    """Whether code alone shows the layout of a model: as it is, and hooked by its user too."""
+    """Whether code alone shows the layout of a model, as it is and with a hook of its user."""
     model = build("llama")
     shard(model, ranks.here(), torch.device("cpu"))
     plan = Plan.of(model, may_be_sharded=True)

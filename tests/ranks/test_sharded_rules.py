@@ -26,7 +26,7 @@ SGD = {"optimizer": "sgd", "learning_rate": 0.05}
 ADAM = {"optimizer": "adamw_torch", "learning_rate": 1e-3, "trainer": {"weight_decay": 0.1}}
 ON_TWO = {
     **{name: (name, SGD) for name in available() if name != "sgd"},
-    "gu, adam": ("gu", ADAM),  # it measures in the optimizer's metric
+    "gu, adam": ("gu", ADAM),  # this rule measures in the optimizer's metric
     "whole gradients": ("pcgrad(by_tensor=false, both=true)", SGD),
     "protected": ("orthograd", SGD | {"objective": "ga", "model": "llama_tied"}),
     "experts": ("gru", ADAM | {"model": "qwen2_moe"}),
@@ -53,7 +53,7 @@ def numbers(model):
 
 
 def in_parts(which):
-    """A model without dropout; of several ranks each has its part."""
+    """A model without dropout; on several ranks each rank has its part."""
     model = build(which, torch.float64)
     for each in model.modules():
         if isinstance(each, torch.nn.Dropout):
@@ -89,7 +89,7 @@ def test_rules_on_shards_take_the_steps_of_one_process(size, cases):
 
 
 def in_own_trainer(folder):
-    """The weights that a Trainer with rules ends with; several ranks share out its batches."""
+    """The final weights of a Trainer with rules; several ranks share its batches."""
     found = {}
     own = slice(None)
     if dist.is_initialized():

@@ -79,7 +79,7 @@ def test_shards_take_the_steps_of_one_process(size, cases):
 
 
 def refused():
-    """What ranks say of trainings of a model in parts that cannot be, and of one that fails."""
+    """Messages about refused trainings of a model in parts, and about a training that fails."""
     given = DATA | SGD | {"objective": "ga", "batch_size": 2}
     asked = {
         "optimizer": {"optimizer": "adafactor"},
@@ -95,7 +95,7 @@ def refused():
         said[name] = str(error.value)
     model = build("llama")
     shard(model, ranks.here(), torch.device("cpu"))
-    gf.unlearn(model, None, **given)  # nothing of those before is left
+    gf.unlearn(model, None, **given)  # nothing of the refused trainings is left
     run = trainer.model_outputs
 
     def fails(*args):
@@ -119,7 +119,7 @@ def test_what_needs_the_whole_is_refused_and_one_rank_ends_all():
 
 
 class Routed(nn.Module):
-    """A block whose second half a rank uses alone."""
+    """A block whose second half only some ranks use."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Routed(nn.Module):
 
 
 def others():
-    """What trainings with a folder, other optimizers and few trained layers leave behind."""
+    """Results of trainings with a folder, with other optimizers, and with few trained layers."""
     given = DATA | SGD | {"batch_size": 3}
     where = Path(ranks.here().first_of(tempfile.mkdtemp()))
     found = {}

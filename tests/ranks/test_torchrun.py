@@ -1,4 +1,4 @@
-"""Commands that torchrun starts: one folder, one output, one line where something is wrong."""
+"""Commands that torchrun starts: one folder, one output, one line for an error."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(size, *words):
-    """A command on so many ranks."""
+    """A command on several ranks."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     command = [sys.executable, "-m", "geffect_fast", *map(str, words)]
     return subprocess.run(
@@ -49,7 +49,7 @@ def test_two_ranks_write_what_one_process_writes(given, tmp_path, capsys):
 
 
 def test_two_ranks_train_as_one_process_does(study, tmp_path, capsys):
-    """accelerate, which sees what torchrun started, trains in each of them by itself."""
+    """accelerate sees torchrun's processes, yet each of them trains by itself."""
     from geffect_fast.cli import main
 
     words = ("unlearn", "--model", study / "model", "--forget", study / "forget.jsonl")

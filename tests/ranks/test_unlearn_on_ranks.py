@@ -74,7 +74,7 @@ def test_ranks_take_the_steps_of_one_process(size, cases):
 
 
 def no_room_for_sums(rule):
-    """What a rank says of a training in which rank 1 finds no memory for sums of gradients."""
+    """A rank's message for a training in which rank 1 finds no memory for sums of gradients."""
 
     plain = trainer.UnlearnTrainer._added_up
 
@@ -103,7 +103,7 @@ def test_no_memory_for_sums_is_an_error_of_all(rule):
 
 
 def halved(rule):
-    """The weights of a training in which rank 1 finds no memory for more than 18 tokens at once."""
+    """The weights of a training in which rank 1 finds memory for at most 18 tokens at once."""
     run = trainer.model_outputs
 
     def small(model, batch, needs):
@@ -135,7 +135,7 @@ def test_all_ranks_redo_an_update_for_which_one_lacks_memory(rule):
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A model and its data, and what one process makes of them."""
+    """A model, its data, and the result of one process."""
     folder = tmp_path_factory.mktemp("unlearned")
     build("llama").save_pretrained(folder / "plain")
     for name, rows in DATA.items():
@@ -190,7 +190,7 @@ def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
 
 
 def parts(folder):
-    """Runs whose model is shared out, all of it and an adapter in it."""
+    """Runs whose model is shared out, trained whole or by an adapter."""
     return [
         unlearned(folder, name, "--shard", "fsdp", "--keep-checkpoints", *more)
         for name, more in (("fsdp", ()), ("fsdp-lora", ADAPTER))
@@ -212,7 +212,7 @@ def test_parts_of_a_model_are_trained_and_saved_as_the_whole(here):
         for folder in ("model", "checkpoint-4"):
             for key, value in load_model(here / other / folder).state_dict().items():
                 torch.testing.assert_close(value, whole[key], rtol=0, atol=1e-5)
-    # Its optimizer's state is that of one process, whole.
+    # The saved optimizer's state is whole, and that of one process.
     saved = torch.load(here / "fsdp-lora/checkpoint-4/optimizer.pt", weights_only=True)
     adapter = [value for key, value in whole.items() if "lora_" in key]
     assert sorted(tuple(of["exp_avg"].shape) for of in saved["state"].values()) == sorted(
@@ -222,7 +222,7 @@ def test_parts_of_a_model_are_trained_and_saved_as_the_whole(here):
 
 
 def refused(folder):
-    """What ranks say of a training that not all of them can do, or are asked for alike."""
+    """Messages of ranks for a training that some cannot do, or that differs between ranks."""
     said = {}
     given = DATA | SGD | {"objective": "ga"}
     for name, other in (("steps", {"steps": 5}), ("out", {"out": folder / "other"})):

@@ -12,7 +12,7 @@ TEXTS = ["wga(alpha=1:4:4)", "npo(beta=0.1:10:3,log)", "wtnpo(1:2:2, alpha=3:5:3
 
 @pytest.fixture
 def swept(monkeypatch):
-    """Makes the result of a sweep with given totals, or with made-up ones."""
+    """A function that makes the result of a sweep with given totals, or with made-up ones."""
 
     def make(texts=TEXTS, e_u=None, e_r=None, **kwargs):
         def made_up(_model, _tokenizer, objectives, **_arguments):

@@ -1,4 +1,4 @@
-"""What reports say of measures beside effects: tables of the page and the terminal, the figure."""
+"""Reports of measures beside effects: tables of the page and of the terminal, and the figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from report_views import checked, rows_of, section, text_of, words_of
 from geffect_fast.cli import main
 from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.report.figures.measures import measure_figures
-from geffect_fast.report.format import cell
+from geffect_fast.report.format import number
 from geffect_fast.report.html.page import page_html
 from geffect_fast.report.summary.predictors import correlation_rows, prediction_sentence
 from geffect_fast.report.tables.against_effects import render_beside
@@ -34,9 +34,9 @@ def page(dataset):
     return checked(page_html({"run": dataset}))
 
 
-def number(of, name, spec):
+def number_and_bounds(of, name, spec):
     """A number of a result with its bounds, as a cell of the page."""
-    value, low, high = (cell(float(of[f"{name}{end}"]), spec) for end in ("", "_low", "_high"))
+    value, low, high = (number(float(of[f"{name}{end}"]), spec) for end in ("", "_low", "_high"))
     return f"{value} [{low}, {high}]" if np.isfinite(float(of[f"{name}_low"])) else value
 
 
@@ -46,20 +46,22 @@ def test_a_page_has_what_was_known_of_every_run(dataset, page):
     assert head == ["run", "objective", *predictors] and len(predictors) >= 5
     assert [row[:2] for row in rows] == [[*each] for each in STUDY.items()]
     of = dataset.sel(run=RUN)
-    assert rows[1][2:] == [number(of.sel(predictor=p), "effect", "+.2g") for p in predictors]
+    assert rows[1][2:] == [
+        number_and_bounds(of.sel(predictor=p), "effect", "+.2g") for p in predictors
+    ]
     assert "[" in rows[1][2]
 
 
 @pytest.mark.parametrize(("where", "n"), [("forget", 3), ("retain", 2)])
 def test_changes_on_every_set_stand_beside_effects(dataset, page, where, n):
     head, *rows = rows_of(page, f"Effects before, and changes on {where}")
-    metrics = [*METRICS][:n]  # membership is of no set but forget
+    metrics = [*METRICS][:n]  # membership has no set but forget
     assert head == ["run", "e_u", "e_r", "collateral", *metrics]
     of = dataset.sel(run=RUN)
     assert rows[1] == [
         RUN,
-        *(cell(float(of.effect.sel(predictor=p)), "+.2g") for p in head[1:4]),
-        *(cell(float(of.change.sel(metric=m, set=where)), "+.3g") for m in metrics),
+        *(number(float(of.effect.sel(predictor=p)), "+.2g") for p in head[1:4]),
+        *(number(float(of.change.sel(metric=m, set=where)), "+.3g") for m in metrics),
     ]
 
 
@@ -76,7 +78,7 @@ def test_a_page_begins_with_how_far_effects_tell_changes(dataset, page):
         of = dataset.sel(at)
         star = "*" if bool(of["beyond_noise"]) else ""
         found = cells[f"{at['metric']}, {at['set']}"][at["predictor"]]
-        assert found == number(of, "spearman", "+.2f") + star
+        assert found == number_and_bounds(of, "spearman", "+.2f") + star
 
 
 ONE = {"probability": "mean"}
@@ -126,7 +128,7 @@ def test_what_is_the_same_in_all_runs_is_not_drawn():
 
 
 def test_a_table_of_many_metrics_is_cut_and_each_part_names_runs_and_effects():
-    """Every number of the result is in one of its parts, in 120 columns and without an ellipsis."""
+    """Every number of the result is in one of the parts, in 120 columns and without an ellipsis."""
     many = {f"metric_{i}": "mean" for i in range(5)}
     dataset = against(metrics=many)
     tables = render_beside(dataset)

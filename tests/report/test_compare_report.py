@@ -1,4 +1,4 @@
-"""What people read of several runs side by side, and the command that writes it."""
+"""Reports of several runs side by side, and the command that writes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEMS = ["effects", "groups", "risks", "trade_off", "cosines"]
 
 
 def of(n=2, explodes=False, **kwargs):
-    """Results of so many runs by name, the first of which may explode."""
+    """Results of several runs by name, the first of which may explode."""
     return {
         name: step_dataset((name,), seed=i, explodes=explodes and i == 0, **kwargs)
         for i, name in enumerate(NAMES[:n])
@@ -42,7 +42,7 @@ def of(n=2, explodes=False, **kwargs):
 
 
 def with_risks(*paths):
-    """A comparison of runs whose forget and retain risks are given `(steps, 2)`."""
+    """A comparison of runs with the given forget and retain risks `(steps, 2)`."""
     runs = of(len(paths), n_steps=len(paths[0]), resolve=(), weights=False)
     for result, path in zip(runs.values(), paths, strict=True):
         result["risk_value"][:] = path
@@ -115,7 +115,7 @@ def test_harm_is_compared_at_equal_removal():
     second = [(1, 2), (1.5, 2), (2.5, 2.1), (3, 2.2)]
     runs = with_risks(first, second)
     target, harms = at_equal_removal(runs)
-    assert target == 2  # what the second run reaches
+    assert target == 2  # the rise that the second run reaches
     assert harms == pytest.approx([0.5 + 0.5 * 2.5, 0.2])  # half way from step 1 to step 2
     rows = comparison_rows(runs)
     assert [row["cost"] for row in rows] == pytest.approx([1, 0.1])
@@ -171,8 +171,8 @@ def test_the_command_writes_tables_and_plots(here, capsys):
 
 
 def test_a_run_has_one_name_wherever_it_stands(here, capsys, monkeypatch):
-    """Its folder's, in a comparison, in a page on several runs and on its own page."""
-    for name in ("compare.comparison", "result.result"):  # pages have pictures of their own
+    """The folder's name is used in a comparison, on pages of several runs and on the run's page."""
+    for name in ("compare.comparison", "result.result"):  # pages have figures of their own
         monkeypatch.setattr(f"geffect_fast.report.figures.{name}_drawings", lambda *_: {})
     assert main(["compare", "a", "b", "--out", "both"]) == 0
     assert list(pd.read_csv("both/summary.csv")["run"]) == ["a", "b"]
@@ -187,7 +187,7 @@ def test_a_run_has_one_name_wherever_it_stands(here, capsys, monkeypatch):
 def test_the_command_replaces_a_comparison_where_told_to(here, capsys, monkeypatch):
     monkeypatch.setattr("geffect_fast.report.figures.compare.comparison_drawings", lambda _: {})
     (here / "c").mkdir()
-    for name in ("summary.csv", "compare.csv"):  # of an earlier version, which made no list
+    for name in ("summary.csv", "compare.csv"):  # an earlier version made no list
         (here / f"c/{name}").write_text("an earlier one")
     assert main(["compare", "a", "b", "--out", "c", "--quiet"]) == 2
     assert "already holds summary.csv" in capsys.readouterr().err

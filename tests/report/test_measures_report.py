@@ -15,7 +15,7 @@ from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.report import write_report
 from geffect_fast.report.figures.measures import measure_figures
 from geffect_fast.report.html.page import page_html, write_page
-from geffect_fast.report.summary.measures import measure_findings, shown
+from geffect_fast.report.summary.measures import measure_findings, number_with_bounds
 from geffect_fast.report.summary.survey import survey_rows
 from geffect_fast.report.tables.measures import render_measures
 
@@ -39,7 +39,7 @@ def reported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page_of(reported):
-    """The page in it."""
+    """The page of a report's folder."""
     return functools.cache(
         lambda kind: checked((reported(kind) / "report.html").read_text(encoding="utf-8"))
     )
@@ -55,7 +55,7 @@ def test_a_page_is_whole_and_has_every_number(kind, page_of):
     axes = [dim for dim in value.dims if dim not in ("metric", "set")]
     for at in np.ndindex(*value.shape):
         of = dataset.isel(dict(zip(value.dims, at, strict=True)))
-        assert shown(of) in table, (axes, at)
+        assert number_with_bounds(of) in table, (axes, at)
     assert "What truth_ratio is." in text(section(root, "signs"))
     assert "seed" in text(section(root, "made"))
 
@@ -68,7 +68,7 @@ def test_a_table_of_several_models_names_them_in_its_rows(page_of):
     of = dataset.sel(model="npo", metric="truth_ratio", set="retain")
     value, low, high = (float(of[n]) for n in ("value", "value_low", "value_high"))
     assert rows[1][2] == f"{value:.3g} [{low:.2g}, {high:.2g}]"
-    # what has no number of a set has no column of it
+    # a measure without a number of a set has no column for the set
     assert rows_of(root, "min_k(k=0.2) (AUC)")[0] == ["model", "forget"]
 
 
@@ -93,7 +93,7 @@ def test_a_page_of_a_relearning_has_a_column_a_model(page_of):
     assert rows[0] == ["update", "unlearned", "original"]
     assert [row[0] for row in rows[1:]] == ["0", "2", "4"]
     last = dataset.sel(model="original", metric="truth_ratio", set="others", step=4)
-    assert rows[3][2] == shown(last)
+    assert rows[3][2] == number_with_bounds(last)
     assert (
         "4 updates on 6 of 12 forget rows"
         in measure_findings(dataset.assign_attrs(n_rows=json.dumps({"relearned": 6, "others": 6})))[
@@ -111,7 +111,7 @@ def test_the_assessment_is_one_table_of_named_rows(page_of):
         *("Efficacy", "Utility", "Robustness", "Efficiency", "Effects")
     ]
     of = dataset.sel(model="npo", metric="truth_ratio", set="retain")
-    assert cells["truth_ratio, retain"][1] == shown(of)
+    assert cells["truth_ratio, retain"][1] == number_with_bounds(of)
     last = dataset.sel(relearned_metric="probability", relearned_set="others", model="npo")
     first, last = (last.isel(relearned_step=at) for at in (0, 1))
     value, low, high = (float(last[f"relearned{end}"]) for end in ("", "_low", "_high"))
@@ -121,7 +121,7 @@ def test_the_assessment_is_one_table_of_named_rows(page_of):
     assert cells["time of the updates, s"] == ["", "12.5", "0.25"]
     assert cells["peak memory, MiB"] == ["", "3", "1,024"]
     assert cells["parameters touched"] == ["0.000%", "50.000%", ""]
-    # each model's own objective, and one of none at the original
+    # each model's own objective; the original has none
     assert cells["trained on"] == ["", "npo", ""]
     assert cells["e_u"] == ["", "-1.5 [-1.6, -1.4]", ""]
     assert cells["e_r of gd"] == ["-0.25 [-0.35, -0.15]", "", ""]

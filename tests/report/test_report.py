@@ -1,4 +1,4 @@
-"""What people read: tables, findings and plots, of ordinary and of awkward results."""
+"""Reports of one profile: tables, findings and plots, for ordinary and awkward results."""
 
 import colorsys
 import re
@@ -13,11 +13,11 @@ from synthetic import OBJECTIVES, make_dataset
 from geffect_fast.report import write_report
 from geffect_fast.report.figures.layer_maps import layer_maps
 from geffect_fast.report.figures.profile import instances_figure, layers_figure
-from geffect_fast.report.figures.style import COLOURS, UNWANTED, WANTED
+from geffect_fast.report.figures.style import COLOURS, LINE_UNWANTED, LINE_WANTED
 from geffect_fast.report.html.page import page_html
 from geffect_fast.report.summary.effects import by_place, by_sample
 from geffect_fast.report.summary.findings import findings
-from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.profile import render_profile
 from geffect_fast.report.tables.result import tables_and_sentences
 from geffect_fast.report.tokens.colours import colour
 from geffect_fast.results.by_rows import sum_positions
@@ -65,7 +65,7 @@ def awkward():
 
 def test_what_is_covered_is_printed():
     def words(result):
-        return words_of(render(result))
+        return words_of(render_profile(result))
 
     result = make()
     line = "Covered: 15 of 15 trainable parameters, 12,345 of 12,345 elements; left out: 2 frozen"
@@ -82,7 +82,8 @@ def test_any_result_is_reported(tmp_path, name):
     dataset = awkward()[name]
     before = dataset.copy(deep=True)
     summed = sum_positions(dataset)
-    assert all(objective in text_of(render(summed), 140) for objective in dataset.objective.values)
+    text = text_of(render_profile(summed), 140)
+    assert all(objective in text for objective in dataset.objective.values)
     sentences = findings(summed)
     assert len(sentences) == 2
     assert all(s.endswith(".") and "nan" not in s and "\n" not in s for s in sentences)
@@ -108,7 +109,7 @@ def test_the_table_shows_effects_cosines_and_verdicts(dataset):
     dataset["g_effect"][:, 0, 0, 4] = -1.5
     dataset["g_effect"][:, 1, 0, 4] = 0.25
     dataset["cosine"][:] = [-0.75, 0.125]
-    text = text_of(render(dataset), 140)
+    text = text_of(render_profile(dataset), 140)
     line = next(line for line in text.splitlines() if line.split()[:1] == ["ga"])
     assert line.split()[1:3] == ["-1.5", "+0.25"]
     assert "+0.12" in line and "-0.75" in line and "forgets, spares" in line
@@ -116,7 +117,8 @@ def test_the_table_shows_effects_cosines_and_verdicts(dataset):
 
 
 def test_the_group_table_adds_to_a_hundred(dataset):
-    lines = text_of(render(dataset), 140).split("Where e_u")[1].split("Where e_r")[0].splitlines()
+    text = text_of(render_profile(dataset), 140)
+    lines = text.split("Where e_u")[1].split("Where e_r")[0].splitlines()
     row = next(line.split() for line in lines if line.split()[:1] == ["ga"])
     assert 97 <= sum(abs(float(cell)) for cell in row[1:]) <= 103
 
@@ -127,11 +129,11 @@ def test_instances_are_named_with_row_share_and_question(dataset):
     dataset["g_effect"][:, 1, 0, 5] = 2
     line = next(
         line
-        for line in text_of(render(dataset), 140).split("Instances")[1].splitlines()
+        for line in text_of(render_profile(dataset), 140).split("Instances")[1].splitlines()
         if line.split()[:1] == ["ga"]
     )
     assert "1  -38%  What did the author number 1" in line
-    assert line.rstrip().endswith("none")  # no row costs the rest anything
+    assert line.rstrip().endswith("none")  # no row harms another set
 
 
 def test_the_first_sentence_names_the_best_and_the_worst(dataset):
@@ -182,20 +184,20 @@ def test_plots_are_of_the_numbers(dataset):
         points = one.transpose("sample", "risk").values
         good = (points[:, 0] < 0) & (points[:, 1] >= 0)
         wanted, unwanted = panel.collections
-        for dots, of, named in ((wanted, good, WANTED), (unwanted, ~good, UNWANTED)):
+        for dots, of, named in ((wanted, good, LINE_WANTED), (unwanted, ~good, LINE_UNWANTED)):
             np.testing.assert_array_equal(dots.get_offsets(), points[of])
             assert to_hex(dots.get_facecolor()[0]) == named
 
 
 def test_blue_is_wanted_and_orange_is_not(dataset):
-    """e_u below zero, e_r above; no line or mark that is told apart by name has their hues."""
+    """e_u is wanted below zero, e_r above; lines and marks told apart by name have other hues."""
     dataset["g_effect"][:] = -1.0
     steps = dataset.expand_dims(step=[0, 1]).assign_attrs(trained_objective="ga")
     images = [panel.images[0] for panel in layers_figure(dataset).axes[:2]]
     images += [panel.collections[0] for panel in layer_maps(steps, ["ga"]).axes[:2]]
     cells = [to_hex(image.to_rgba(image.get_array())[1, 1]) for image in images]
     assert cells == [colour(9, "light"), colour(-9, "light")] * 2
-    hues = [360 * colorsys.rgb_to_hsv(*to_rgb(each))[0] for each in (WANTED, UNWANTED)]
+    hues = [360 * colorsys.rgb_to_hsv(*to_rgb(each))[0] for each in (LINE_WANTED, LINE_UNWANTED)]
     for each in COLOURS:
         hue, saturation, _ = colorsys.rgb_to_hsv(*to_rgb(each))
         far = min(abs((360 * hue - one + 180) % 360 - 180) for one in hues)

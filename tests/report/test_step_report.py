@@ -1,4 +1,4 @@
-"""What people read of a step result: figures, table, CSV, sentences, of awkward ones too."""
+"""Reports of a step result: figures, table, CSV and sentences, for awkward results too."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_lines_go_through_the_numbers():
     figures, totals = step_figures(dataset), total(dataset)
     for m, panel in enumerate(figures["effects"].axes):
         lines = drawn(panel)
-        assert list(lines) == [OBJECTIVES[2], OBJECTIVES[1]]  # the trained one first
+        assert list(lines) == [OBJECTIVES[2], OBJECTIVES[1]]  # the trained objective first
         for k, name in enumerate(OBJECTIVES[1:3]):
             np.testing.assert_array_equal(lines[name], totals[:, k, m])
         cosines = drawn(figures["cosines"].axes[m])
@@ -170,7 +170,7 @@ def test_bands_are_quantiles_of_the_tokens_that_are_there():
     dataset = step_dataset(OBJECTIVES[:2])
     figure = step_figures(dataset)["token_weights"]
     titles = [panel.get_title(loc="left") for panel in figure.axes]
-    assert titles == ["ga: forget rows", "ga: retain rows"]  # the other objective reads none
+    assert titles == ["ga: forget rows", "ga: retain rows"]  # the other reads no retain rows
     forget = dataset["token_weight"].values[:, 0, dataset["set"].values == "forget"]
     flat = forget.reshape(len(forget), -1)
     flat = flat[:, ~np.isnan(flat[0])]
@@ -193,9 +193,9 @@ def test_scales_follow_decades():
     assert (kind, more["linthresh"]) == ("symlog", 1.0) and "within ±1)" in words
     assert scale(np.array([1.0, 1e4]), positive=True) == ("(log scale)", [("log", {})])
     words, ((_, more),) = scale(np.array([1e-9] * 9 + [1e9]))
-    assert more["linthresh"] == 1e3  # six decades are enough to read
+    assert more["linthresh"] == 1e3  # six decades can still be read
     effects = step_figures(step_dataset(n_steps=50, explodes=True))["effects"].axes[0]
-    assert effects.get_yscale() == "symlog" and effects.get_ylim()[1] < 1  # no room is wasted
+    assert effects.get_yscale() == "symlog" and effects.get_ylim()[1] < 1  # no space is left empty
 
 
 def test_many_lines_differ():
@@ -274,7 +274,7 @@ def test_when_to_trust_first_order():
 
 @pytest.mark.parametrize("late", [1, 3, 6])
 def test_a_curve_a_hundred_times_off_is_not_trusted_in_size(late):
-    """Its median error is 2 % and its correlation 0.99: a few changes are most of the curve."""
+    """Its median error is 2 % and its correlation 0.99: a few changes make up most of the curve."""
     steps, rng = np.arange(50), np.random.default_rng(1)
     y = 1.0 + rng.random(50)
     y[-late:] = np.linspace(800, 1000, late)
@@ -282,11 +282,11 @@ def test_a_curve_a_hundred_times_off_is_not_trusted_in_size(late):
     found = Agreement.of(y, x * 1.0, steps)
     assert found.error < 0.05 and "and size" not in found.words
     x = np.where(steps < 50 - late, 0.01 * y, y)
-    assert "and size" in Agreement.of(y, x, steps).words  # but for next to nothing
+    assert "and size" in Agreement.of(y, x, steps).words  # wrong only where changes are tiny
 
 
 def test_three_changes_of_one_sign_are_too_few_for_it():
-    """Of three the interval of the share of right signs goes down to 0.44."""
+    """With three changes, the interval of the share of right signs goes down to 0.44."""
     y = np.array([1.0, 2.0, 3.0])
     assert not Agreement.of(y, y, np.arange(3)).words.startswith("trust")
     y = np.arange(1.0, 6.0)
@@ -299,7 +299,7 @@ def test_first_order_gets_better_as_steps_get_smaller():
         found = agreements(trained_result(n_steps=2, rate=rate, resolve=()))["predicted_sgd"]
         assert found["unlearn"].same_sign == 1
         errors.append(found["unlearn"].error)
-    assert errors[1] < 0.55 * errors[0]  # what is left is of second order in the step
+    assert errors[1] < 0.55 * errors[0]  # the rest is of second order in the step
 
 
 def test_an_outcome_says_what_was_removed_and_what_it_cost():
@@ -317,7 +317,7 @@ def test_the_outcome_in_a_sentence():
     dataset["risk_value"][:] = [[1, 2], [2, 2], [3, 2.5]]
     assert outcome_sentence(dataset) == (
         "Trained on ga, from step 0 to 10 the forget risk rises by 2 (from 1), the retain risk "
-        "rises by 0.5 (from 2), at a cost of 0.25 of the retain risk for a unit of forgetting: "
+        "rises by 0.5 (from 2); for a unit rise of the forget risk, the retain risk rises by 0.25: "
         "forgets, some harm."
     )
     dataset["risk_value"][2, 1] = 1.5

@@ -1,4 +1,4 @@
-"""What people read of a sweep: the best of each family, the front, plots, of awkward ones too."""
+"""Reports of a sweep: the best of each family, the front, and plots, for awkward sweeps too."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_any_sweep_is_reported(tmp_path, swept):
 
 
 def check_files(name, folder):
-    """The page and pictures are those of a sweep of that name."""
+    """Check that the page and pictures belong to a sweep of this name."""
     root = checked((folder / "report.html").read_text(encoding="utf-8"))
     assert "hyper-parameters" in text(find(section(root, "curves"), "h2")[0])
     plots = {path.name for path in (folder / "plots").iterdir()}
@@ -102,7 +102,7 @@ def test_the_best_of_a_family_are_named(swept):
     family = Swept.of(dataset).families[0]
     assert Swept.of(dataset).picks(family) == {
         0: ["strongest removal"],
-        2: ["least harm"],  # alpha=4 does none and removes nothing
+        2: ["least harm"],  # alpha=4 does no harm and removes nothing
         1: ["least collateral"],
     }
     lines = [line.split() for line in text_of(dataset).splitlines()]

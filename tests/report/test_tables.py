@@ -1,4 +1,4 @@
-"""Tables of the terminal at any width, and how their numbers are written."""
+"""Tables of the terminal at any width, and the format of their numbers."""
 
 import re
 

@@ -1,5 +1,7 @@
-"""A plot or page that cannot be made costs itself alone: numbers are in place, and a line says how
-to get it."""
+"""A plot or page that cannot be made costs nothing else.
+
+The numbers are written, and a line says how to get the plot or page.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from step_results import step_dataset
 import geffect_fast.report
 from geffect_fast.cli import main
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
-from geffect_fast.storage.run_folder import open_run, save_result
+from geffect_fast.storage.results_file import save_result
+from geffect_fast.storage.run_folder import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +76,7 @@ def broken_table(patch):
 
 @contextmanager
 def full_disk(patch):
-    """Nothing more than 3,000 bytes goes onto it once the numbers are there."""
+    """Let files grow to 3,000 bytes at most, once the numbers are written."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     write = geffect_fast.report.write_report
 
@@ -104,7 +107,7 @@ def command(kind):
     if kind == "unlearn":
         made_from = "--model model --forget forget.jsonl --retain retain.jsonl --out run -q"
         words = f"unlearn {made_from} --objective ga --steps 2 --probe-every 1"
-        few = "--resolve sample --no-norms"  # there are fewer pictures of these
+        few = "--resolve sample --no-norms"  # these settings make fewer pictures
         return f"{words} {few}".split()
     return profile()
 

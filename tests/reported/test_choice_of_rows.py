@@ -1,4 +1,4 @@
-"""Situations from public reports: bands with gaps, on log axes; degenerate draws; rankings."""
+"""Publicly reported errors of plots and intervals: gaps, log axes, degenerate draws, rankings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(values, low, high, **more):
 @pytest.mark.parametrize(
     ("source", "lowest"),
     [
-        ("matplotlib/matplotlib#9457", -0.5),  # areas are filled that should not be
+        ("matplotlib/matplotlib#9457", -0.5),  # areas are filled that should stay empty
         ("matplotlib/matplotlib#8623", 0.0),  # the last and the first point are connected
         ("matplotlib/matplotlib#2536", -1e-9),  # the filling stops at a straight line between them
     ],
@@ -57,7 +57,7 @@ def test_a_band_below_zero_on_a_log_axis_is_filled_to_its_bottom_and_no_further(
     "source", ["matplotlib/matplotlib#1140", "bokeh/bokeh#14256", "MakieOrg/Makie.jl#2845"]
 )
 def test_a_band_with_a_gap_draws_nothing_there(source):
-    """Not even to the origin, nor down to the other bound; a step between gaps has a bar."""
+    """The gap is empty, without lines to the origin or the other bound; a lone step has a bar."""
     values = np.array([5.0, 6, 7, 8, 9])
     low = np.array([4.0, 5, np.nan, 7, -np.inf])
     figure, panel = drawn(values, low, values + 1)
@@ -90,7 +90,7 @@ def test_draws_that_degenerate_do_not_drag_the_interval():
 
 
 def swept(e_u, noise):
-    """A sweep of one family with these totals, of rows that differ as much in all values."""
+    """A sweep of one family with these totals; its rows differ equally for all values."""
     n = len(e_u)
     names = [f"wga(alpha={i + 1})" for i in range(n)]
     text = f"wga(alpha=1:{n}:{n})"

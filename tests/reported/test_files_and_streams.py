@@ -1,4 +1,4 @@
-"""What people reported of other tools' data files, outputs and surroundings, a case each."""
+"""Publicly reported errors of other tools with data files, outputs and environments, one each."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def a_closed_pipe(here):
 
 
 def tekken(path):
-    """The tokenizer file of Mistral's own format, with bytes and a few words."""
+    """A tokenizer file in Mistral's own format, with bytes and a few words."""
     texts = [bytes([i]) for i in range(256)] + [b" author", b" book", b"She", b"Wh"]
     words = [
         {"rank": i, "token_bytes": base64.b64encode(text).decode(), "token_str": None}

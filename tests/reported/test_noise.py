@@ -1,4 +1,4 @@
-"""Situations from public reports: references that are the model, and intervals of the same rows."""
+"""Publicly reported errors: references that are the model, and intervals of the same rows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SETS = {"forget": samples([9, 7, 11, 8], 1), "retain": samples([8, 10, 9], 2)}
     [
         # policy and reference are the same, and the loss is a constant
         ("eric-mitchell/direct-preference-optimization#46", "npo(beta=0.5)"),
-        # which model the reference of npo is
+        # the model that npo takes as reference
         ("franciscoliu/MLLMU-Bench#22", "npo(beta=0.1)"),
-        # the divergence from the model before unlearning, where that is the model
+        # the divergence from the model before unlearning, which is the model itself
         ("locuslab/open-unlearning#75", "ga + 1.0*kl"),
     ],
 )
@@ -41,7 +41,7 @@ def test_the_same_answers_have_the_same_interval():
 
 
 def test_the_interval_is_that_of_the_statistic_of_each_draw():
-    """py-why/EconML#715: of the whole first, then its spread; not the rows' spreads' mean."""
+    """py-why/EconML#715: the statistic of each draw, then its spread; no mean of rows' spreads."""
     rows = np.random.default_rng(0).normal(3.0, 1.0, 50)
     low, high = bounds(row_weights(["forget"] * 50) @ rows / 50)
     assert (high - low) / 2 == pytest.approx(2.01 * rows.std(ddof=1) / 50**0.5, rel=0.12)

@@ -1,4 +1,4 @@
-"""Situations from public reports about per-sample gradients: exact, or refused by name."""
+"""Publicly reported errors of per-sample gradients: here exact, or refused by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH, VOCAB = 8, 13
 
 
 class Tagger(nn.Module):
-    """Logits of every token, from an embedding by way of `inner`."""
+    """A model with logits of every token, from an embedding by way of `inner`."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Positions(nn.Module):
 
 
 class Bags(nn.Module):
-    """Bags of ids with offsets: one row a bag, however many ids it holds."""
+    """Bags of ids with offsets: one row for each bag, however many ids the bag holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def gpt2() -> nn.Module:
 
 
 class Report(NamedTuple):
-    """A public thread, the model it is about, and whether it must be served."""
+    """A public thread, the model that the thread is about, and whether it must be served."""
 
     source: str
     build: Callable[[], nn.Module]
@@ -93,7 +93,7 @@ class Report(NamedTuple):
 
 
 REPORTS = [
-    # learned positions of one row for all samples, and an output layer tied to the embedding
+    # learned positions with one row for all samples, and an output layer tied to the embedding
     Report("meta-pytorch/opacus#841", gpt2, True),
     Report("meta-pytorch/opacus#413", gpt2, True),
     Report("meta-pytorch/opacus#505", lambda: Tagger(Positions()), False),

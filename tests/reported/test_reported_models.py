@@ -1,6 +1,6 @@
-"""Models, wrappers and positions from public reports: right, or refused by one line that says why.
+"""Publicly reported models, wrappers and positions: right, or refused by one line of why.
 
-Each case is a small model in the situation of the thread that it names.
+Each case is a small model in the situation of the thread that the case names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def rows(lengths=(4, 6, 4, 4, 6, 6)):
 
 
 def roberta():
-    """Packed with positions from 0: every token reads another row of the table."""
+    """Positions from 0 in a packed batch would read another row of the table for every token."""
     settings = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
     settings |= {"num_attention_heads": 2, "intermediate_size": 24, "is_decoder": True}
     return build(Architecture("Roberta", settings))
@@ -43,7 +43,7 @@ def dynamic():
 
 
 def longrope():
-    """Factors are chosen by the longest of whatever shares the forward."""
+    """The longest sequence that shares a forward chooses the factors."""
     rotary = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0}
     rotary |= {"short_factor": [1.0, 1.2], "long_factor": [2.0, 3.0]}
     rotary |= {"original_max_position_embeddings": 5}
@@ -76,7 +76,7 @@ HYBRID = (
 
 
 def kimi():
-    """A norm whose gate is an optional argument that it cannot do without."""
+    """A norm with a gate that is an optional argument, without which the norm fails."""
     return build(Architecture("KimiLinear", HYBRID))
 
 
@@ -91,7 +91,7 @@ def dora():
 
 
 class Packed(nn.Parameter):
-    """A frozen weight that alone knows how it is read, as those of bitsandbytes do."""
+    """A frozen weight that alone knows how to read its numbers, like those of bitsandbytes."""
 
     state = None
 
@@ -105,7 +105,7 @@ class Packed(nn.Parameter):
 
 
 class Product(torch.autograd.Function):
-    """Without a forward-mode rule."""
+    """A product without a forward-mode rule."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -118,7 +118,7 @@ class Product(torch.autograd.Function):
 
 
 class FourBits(nn.Module):
-    """As `bitsandbytes.nn.Linear4bit`: a flat weight, whose scale and shape the parameter holds."""
+    """A layer like `bitsandbytes.nn.Linear4bit`: a flat weight, which holds its scale and shape."""
 
     multiply = staticmethod(nn.functional.linear)
 
@@ -144,7 +144,7 @@ def on_quantised(kind):
         for layer in model.model.layers:
             for name in ("q_proj", "v_proj"):
                 setattr(layer.self_attn, name, kind(layer.self_attn.get_submodule(name)))
-                # What peft takes for a linear layer.
+                # the class that peft takes for a linear layer
                 layer.self_attn.get_submodule(name).in_features = 16
         config = peft.LoraConfig(r=2, target_modules=["o_proj", "up_proj"])
         return shaken(peft.get_peft_model(model, config))
@@ -202,7 +202,7 @@ def test_several_objectives_on_a_quantised_base(source, engine):
 
 
 def offloaded():
-    """Weights on `meta`, put in place for the time of a forward alone."""
+    """Weights on `meta`, put in place only while a forward runs."""
     model = build("llama")
     weight = torch.empty_like(model.lm_head.weight, device="meta")
     model.lm_head.weight = nn.Parameter(weight)
@@ -210,7 +210,7 @@ def offloaded():
 
 
 def t5():
-    """Called with a question alone, it asks for what its decoder reads."""
+    """An encoder-decoder: called with a question alone, the model asks for its decoder's input."""
     config = transformers.T5Config(
         vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
     )
@@ -218,7 +218,7 @@ def t5():
 
 
 def osf():
-    """Gradients are projected on their way to the optimizer."""
+    """A model whose gradients are projected on their way to the optimizer."""
     config = peft.OSFConfig(target_modules=["q_proj"], effective_rank=4, task_type="CAUSAL_LM")
     return shaken(peft.get_peft_model(build("llama"), config))
 
@@ -254,7 +254,7 @@ def test_a_hook_that_only_looks_is_no_reason():
 
 
 class Trainable:
-    """A model as the reference implementation calls it, less what is frozen."""
+    """A model as the reference implementation calls it, without frozen parameters."""
 
     def __init__(self, model):
         self.model = model

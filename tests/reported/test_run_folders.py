@@ -1,4 +1,4 @@
-"""Situations that others reported of folders that programs write to, held against run folders."""
+"""Publicly reported errors of folders that programs write to, tried on run folders."""
 
 from __future__ import annotations
 

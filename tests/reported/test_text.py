@@ -1,4 +1,4 @@
-"""Situations that others have reported of text: escapes, formulas, clocks, keys, code."""
+"""Publicly reported errors of text: escapes, formulas, clocks, keys, code."""
 
 from __future__ import annotations
 

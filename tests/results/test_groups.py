@@ -1,4 +1,4 @@
-"""Where a parameter sits, read off its name."""
+"""The place of a parameter in a model, read from its name."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_thirds_by_depth(n_blocks, groups):
     assert "".join(found) == groups
 
 
-# A block and a kind name one parameter, but for these: two layers of a GPT-2 block are `c_proj`.
+# A block and a kind name one parameter, with one exception: two layers of a GPT-2 block are
+# `c_proj`.
 SHARED_KINDS = {
     "gpt2": {"c_proj"},
     "gpt_bigcode": {"c_proj"},
@@ -112,7 +113,7 @@ def test_no_parameters():
 
 
 def test_layers_and_what_lies_outside_of_them_add_up(dataset):
-    """As docs/concepts.md shows it: block -1 is no layer, and its parts are told apart."""
+    """As docs/concepts.md shows: block -1 is no layer, and its parts are told apart by group."""
     effect = dataset["g_effect"]
     page = (Path(__file__).parents[2] / "docs/concepts.md").read_text(encoding="utf-8")
     lines = re.findall(r"^    ((?:layers|outside) = result\..+)$", page, re.MULTILINE)

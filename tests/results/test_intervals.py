@@ -1,4 +1,4 @@
-"""Intervals by the choice of rows: what they cover, what they are of, and where there are none."""
+"""Intervals by the choice of rows: their coverage, their quantities, and results without any."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_nothing_is_said_of_one_row(model):
 
 
 def gradient(model, rows, total):
-    """Of the rows' losses over `total` tokens, by plain autograd."""
+    """The gradient of the rows' losses over `total` tokens, by plain autograd."""
     model.zero_grad()
     for row in rows:
         logits = model(torch.tensor([row["input_ids"]])).logits[:, :-1]
@@ -86,9 +86,9 @@ def targets(rows):
 
 
 def test_all_rows_of_a_risk_are_measured_exactly(model):
-    """`<grad R_j, G> / <G, G>`, by one backward a row, centred and stretched as the formula says.
+    """`<grad R_j, G> / <G, G>`, by one backward a row, centred and stretched by the formula.
 
-    Fewer rows than another risk has are followed by zeros.
+    A risk with fewer rows than another is filled up with zeros.
     """
     probe = samples([6, 7, 8], 4)
     forget = gradient(model, FORGET, targets(FORGET))
@@ -103,7 +103,7 @@ def test_all_rows_of_a_risk_are_measured_exactly(model):
 
 
 def test_an_interval_is_that_of_drawing_both_data_sets_anew(model):
-    """A bootstrap of `-<sum_i w_i g_i, sum_j v_j r_j>` from one gradient a row, for `ga`."""
+    """The reference is a bootstrap of `-<sum_i w_i g_i, sum_j v_j r_j>`, a gradient a row: `ga`."""
     n, m = 8 * len(FORGET), 8 * len(MANY)
     of_forget = torch.stack([gradient(model, [row], 8 * targets(FORGET)) for row in FORGET])
     of_retain = torch.stack([gradient(model, [row], 8 * targets(MANY)) for row in MANY])
@@ -127,13 +127,13 @@ def test_an_interval_is_that_of_drawing_both_data_sets_anew(model):
 
 @pytest.mark.parametrize(("n", "factor"), [(3, 4.303), (6, 2.571), (12, 2.201), (40, 2.023)])
 def test_few_rows_are_stretched_by_student(n, factor):
-    """Quantiles of Student's distribution from tables."""
+    """The reference is quantiles of Student's distribution from tables."""
     assert intervals.stretch(n) == pytest.approx(factor / 1.96 * (n / (n - 1)) ** 0.5, rel=0.04)
     assert np.isnan(intervals.stretch(1))
 
 
 def test_intervals_of_what_is_known_cover_it():
-    """Of 200 data sets of 12 rows from a known distribution, 95 % or more hold the truth."""
+    """Of 200 data sets of 12 rows from a known distribution, 95 % or more cover the truth."""
     rng = np.random.default_rng(0)
     hits = np.zeros(3)
     for _ in range(200):
@@ -165,7 +165,7 @@ def test_the_same_rows_tell_apart_what_their_intervals_do_not(model):
     zero = np.zeros(1)
     assert told_apart(rows.sum(), 1.1 * rows.sum() - 2, 0, 0, x, x)
     assert not told_apart(rows.sum(), 1.1 * rows.sum(), 0, 0, x, 3 * y)
-    assert not told_apart(1.0, 1.5, 0, 0, zero + np.nan, zero)  # of one row nothing is known
+    assert not told_apart(1.0, 1.5, 0, 0, zero + np.nan, zero)  # one row gives no interval
 
 
 def test_spreads_are_the_deviation_of_the_draws(model):

@@ -1,4 +1,4 @@
-"""How far the rows that are probed tell, and how many it takes."""
+"""The reach of results on the probed rows, and the number of rows that is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from geffect_fast.storage.step_store import StepStore
 
 
 def result(low, high, *, n=6, there=40):
-    """A result whose e_u of -1 has this interval, from n rows of those there are."""
+    """A result whose e_u of -1 has this interval, from n of the existing rows."""
     both = ("objective", "risk")
     return xr.Dataset(
         {
@@ -73,7 +73,7 @@ def test_beyond_the_number_itself_and_of_one_row():
 
 
 def test_a_training_says_it_in_its_result_its_tables_and_its_page():
-    """By the interval that the probed rows give, recomputed from their effects."""
+    """The reference recomputes the interval of the probed rows from their effects."""
     model = build("llama", dtype=torch.float64)
     whole, retain = samples([9, 7, 11, 8, 6, 9, 12, 5], 1), samples([8, 10], 2)
     profiler = Profiler.of(
@@ -88,7 +88,7 @@ def test_a_training_says_it_in_its_result_its_tables_and_its_page():
     e_u = float(first.g_effect.sum())
     off = float(max(first.g_effect_high - e_u, e_u - first.g_effect_low)) / abs(e_u)
     wanted = min(math.ceil(3 * (off / 0.2) ** 2), 8)
-    assert off > 0.2 and wanted == 8  # three rows do not tell
+    assert off > 0.2 and wanted == 8  # three rows show no sign
     note = found.attrs["rows_note"]
     assert note.startswith("e_u at step 0 is") and "all 8 (--probe-rows all)" in note
     assert found.attrs["forget_rows"] == 8
@@ -98,7 +98,7 @@ def test_a_training_says_it_in_its_result_its_tables_and_its_page():
 
 
 def test_all_rows_of_unlearn_need_no_more(tmp_path):
-    """With enough rows alike the interval is narrow, and nothing is said."""
+    """With enough similar rows the interval is narrow, and no message appears."""
     model = build("llama", dtype=torch.float64)
     rows = samples([9], 1) * 12
     found = gf.unlearn(

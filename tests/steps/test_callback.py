@@ -1,5 +1,7 @@
-"""The callback in a plain Trainer: what it measures is what a profile would, and training is as
-without it."""
+"""The callback in a plain Trainer: its probes are those of a profile.
+
+The training is as without the callback.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,7 @@ def profile_of(model, reference):
 
 
 def same(step, profile):
-    """A step of the callback's result is the profile, bit for bit."""
+    """Check that a step of the callback's result is the profile, bit for bit."""
     xr.testing.assert_identical(
         step[list(profile.data_vars)].drop_vars(("step", "token_id", "sequence"), errors="ignore"),
         profile.drop_attrs(deep=False),
@@ -125,13 +127,13 @@ def test_training_is_the_same_with_and_without(tmp_path, more):
         assert torch.equal(p, q), name
     moved = [torch.equal(p, q) for p, q in zip(model.parameters(), start.parameters(), strict=True)]
     assert not all(moved)
-    at_rest = dropping()  # accelerate leaves its autocast in the forward of the trained one
+    at_rest = dropping()  # accelerate leaves its autocast in the forward of the trained model
     at_rest.load_state_dict(model.state_dict())
     same(probe.result.sel(step=3).drop_attrs(deep=False), profile_of(at_rest, start))
 
 
 class Peek(TrainerCallback):
-    """Notes what a probe might change, before and after it."""
+    """A callback that notes state a probe might change, before and after the probe."""
 
     def __init__(self):
         self.seen = []
@@ -239,7 +241,7 @@ def test_plain_gradient_descent_on_the_probed_data_is_what_its_effect_predicts(t
     assert (found.measured_change.sel(risk="unlearn") > 0).all()
 
 
-# ---- what is refused when training begins ----
+# ---- refusals when training begins ----
 
 
 def begins(tmp_path, probe, **more):

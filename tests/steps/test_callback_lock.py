@@ -1,4 +1,4 @@
-"""A callback's folder is its own from the beginning of a training to its end, however it ends."""
+"""A callback's folder is locked from the beginning of a training to its end, however it ends."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def training(folder, *more, steps=2):
 
 
 class At(TrainerCallback):
-    """Does something after the first update, and at the beginning."""
+    """A callback that calls a function at the beginning and after the first update."""
 
     def __init__(self, act, event="on_step_end"):
         setattr(self, event, lambda *args, **kwargs: act())
 
 
 def refused_in(run):
-    """What another thread, a child of `fork`, and this very thread are told."""
+    """The messages to another thread, to a child of `fork`, and to this very thread."""
     said = []
 
     def attempt():
@@ -124,7 +124,7 @@ def test_an_exception_frees_it_though_everything_of_it_is_kept(tmp_path, error, 
 
 
 def test_a_training_behind_one_that_failed_has_the_folder_at_once_and_for_itself(tmp_path):
-    """In the same process and thread, as in a notebook, before anybody noticed the failure."""
+    """The next training runs in the same process and thread, as in a notebook after an error."""
     said = []
 
     def stop():
@@ -136,7 +136,7 @@ def test_a_training_behind_one_that_failed_has_the_folder_at_once_and_for_itself
     (tmp_path / "out/steps/step-00000000.nc").unlink()
 
     def look():
-        time.sleep(0.6)  # the first one's end is noticed meanwhile
+        time.sleep(0.6)  # meanwhile the end of the first training is noticed
         said.extend(refused_in(lambda: locked(tmp_path / "out").__enter__()))
 
     training(tmp_path, At(look)).train()

@@ -1,4 +1,4 @@
-"""Runs side by side: the steps and risks they share, their names, and numbers that stay theirs."""
+"""Runs side by side: shared steps and risks, names, and numbers that stay with their run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KNOWN = {
 
 
 def runs(**kwargs):
-    """Two runs, of which the second was probed at every third step only and on a further set."""
+    """Two runs; the second was probed at every third step only, and on a further set."""
     probed = ("unlearn", "general", "retain")
     return {
         "a": step_dataset((GA, NPO), n_steps=13, **kwargs),
@@ -150,7 +150,7 @@ def test_a_result_tells_its_rows_from_others_of_the_same_number():
 
 
 def test_questions_of_retain_rows_may_differ():
-    """A run with a part on retain rows has these on its sample axis, others have not."""
+    """Only a run with a part on retain rows has retain rows on its sample axis."""
     a, b = runs().values()
     found = gf.compare([a, b.isel(sample=(b["set"] == "forget").values)])
     assert found.sizes["run"] == 2

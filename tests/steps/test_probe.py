@@ -1,4 +1,4 @@
-"""Probes: predictions beside what was measured, weights of tokens, and a model left as it was."""
+"""Probes: predictions beside measured changes, token weights, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_in_low_precision_the_update_is_what_the_weights_became():
 
 
 def logprobs(model, row):
-    """Of the labels of a row, one sample at a time."""
+    """Log-probabilities of the labels of a row, one sample at a time."""
     with torch.no_grad():
         logits = model(torch.tensor([row["input_ids"]])).logits[0]
     labels = torch.tensor(row["labels"])
@@ -280,7 +280,7 @@ def test_an_objective_that_is_not_measured_cannot_be_the_trained_one():
         probe_of(build("llama"), trained="npo")
 
 
-# ---- left as it was ----
+# ---- an unchanged model ----
 
 
 def test_what_is_inside_is_at_rest_and_what_was_outside_comes_back():
@@ -338,7 +338,7 @@ def test_the_probe_measures_what_a_profile_does():
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
 def test_the_optimizers_step_is_predicted_as_it_is_taken(kind):
-    """One update a probe, on the probed rows: the step predicted is the update itself."""
+    """With one update a probe, on the probed rows, the predicted step is the update itself."""
     model = build("llama", torch.float64)
     more = {"momentum": 0.9} if kind == "SGD" else {}
     optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-4, weight_decay=0.1, **more)
@@ -365,7 +365,7 @@ def test_the_optimizers_step_is_predicted_as_it_is_taken(kind):
     [("reverse", ("parameter", "sample"), 101), ("forward", ("group", "token"), 10**6)],
 )
 def test_effects_beside_are_those_of_a_profile_in_the_metric(engine, resolve, entries, monkeypatch):
-    """Whether parameters are read in pieces of a few entries or whole."""
+    """Parameters are read in pieces of a few entries, or whole."""
     monkeypatch.setitem(step_metric.PIECE, "cpu", entries)
     model = build("llama", torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

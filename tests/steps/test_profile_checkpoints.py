@@ -1,4 +1,4 @@
-"""Profiles of saved checkpoints: each is what `profile` says of it, and a stopped run goes on."""
+"""Profiles of saved checkpoints: each is the checkpoint's `profile`, and a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_all_steps(out, whole, tmp_path, mo
     xr.testing.assert_identical(unnamed(again), unnamed(whole))
 
 
-# ---- which folders are meant ----
+# ---- the choice of folders ----
 
 
 def test_checkpoints_are_numbered_by_name_or_by_their_state(tmp_path):

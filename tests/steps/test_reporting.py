@@ -1,4 +1,4 @@
-"""The callback tells a Trainer's `report_to` what it measures, and changes nothing else there."""
+"""The callback sends its measurements to a Trainer's `report_to`, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def collated(rows):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Trains a Llama for five updates with callbacks, and TensorBoard."""
+    """Train a Llama for five updates with callbacks, and TensorBoard."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
 
     def run(*callbacks, resume=None, kind=Trainer, **more):
@@ -52,7 +52,7 @@ def probe(**more):
 
 
 class Gathers(Trainer):
-    """Adds to its log what it has gathered since the last one, as others do."""
+    """A callback that adds to its log what it gathered since the last log, as others do."""
 
     asked = 0
 
@@ -68,7 +68,7 @@ def test_events_are_the_result_and_the_loss_is_logged_as_ever(train, tmp_path):
     assert trainer.asked == plain.asked > 0
     shown = scalars(tmp_path / "events")
     assert of_probes(shown) == expected(callback.result, "ga")
-    # A probe that is called u has the name of another effect, which keeps it.
+    # A probe called u would have the name of another effect, which keeps the name.
     assert of_probes(shown)["e_u"] != of_probes(shown)["e_u/wga(alpha=2)"]
     told = [entry for entry in trainer.state.log_history if "geffect/e_u" in entry]
     assert [entry["step"] for entry in told] == [0, 2, 4, 5]

@@ -1,4 +1,4 @@
-"""A run knows what it was made from, and a model in a run folder is what was written there."""
+"""A run records its inputs, and a model in a run folder is the one that the run wrote."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.storage.inputs import input_sums, summed_beside
 from geffect_fast.storage.manifest import Manifest, checksums, files_below
-from geffect_fast.storage.run_folder import save_result
+from geffect_fast.storage.results_file import save_result
 from geffect_fast.storage.save_run import save_run
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -79,11 +79,11 @@ def test_a_replay_names_what_was_replaced(here, capfd, command):
         # the same rows, other bytes
         (here / name).write_bytes(before + b"\n" if by is None else (here / by).read_bytes())
         assert main([*again, "other"]) == 0
-        # What stands first in a manifest is named; the retain data are a probe here too.
+        # The message names the first in the manifest; the retain data are a probe here too.
         named = "--retain" if name == "retain.jsonl" else option
         line = f"{name.rpartition('/')[2]} of {named} is not what the run in {here / 'run'} was"
         assert f"warning: {line} made from, so this is no replay\n" in capfd.readouterr().err
-        # What an option puts in its place is meant to be another.
+        # An option that replaces the input is meant to name another one.
         if option in meant:
             assert main([*again, "meant", option, meant[option]]) == 0
             assert "no replay" not in capfd.readouterr().err
@@ -116,15 +116,15 @@ def test_a_file_that_goes_while_it_is_read_is_named(here, monkeypatch):
 
 
 def test_sums_that_nobody_wants_any_more_are_not_waited_for(here):
-    """A model of hundreds of GB takes minutes, and Ctrl-C is not to."""
+    """The sums of a model of hundreds of GB take minutes, and Ctrl-C must not wait for them."""
     size = 40 * 2**30
     with Path("model/more.bin").open("wb") as file:
-        file.truncate(size)  # no bytes on the disk; 40 s at least to be read
+        file.truncate(size)  # no bytes on the disk; reading them takes 40 s at least
     waited = threading.Event()
     with pytest.raises(KeyboardInterrupt), summed_beside({"--model": "model"}):
         waited.wait(0.2)
         raise KeyboardInterrupt
-    # Nothing of it goes on: the block waits for its threads.
+    # No sum goes on: the block waits for its threads.
     assert not [t for t in threading.enumerate() if t.name.startswith("inputs")]
 
 
@@ -144,7 +144,7 @@ def with_model(study, tmp_path_factory):
 
 @pytest.fixture
 def run(with_model, tmp_path, monkeypatch):
-    """That run in a copy, which is the working folder."""
+    """A copy of that run: `run` in the working folder."""
     monkeypatch.chdir(shutil.copytree(with_model, tmp_path / "here"))
     return tmp_path / "here/run"
 

@@ -1,4 +1,4 @@
-"""A run's rows are recorded, and a replay or resumed run of other rows says so; no day matters."""
+"""A run records its rows, whatever the day; a replay or resumed run of other rows says so."""
 
 from __future__ import annotations
 

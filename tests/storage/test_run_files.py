@@ -1,4 +1,4 @@
-"""A run knows its files: others stay, what was damaged is named, kills lose nothing."""
+"""A run knows its files: others stay, damage is named, and kills lose nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(folder):
     return open_run(folder)
 
 
-# ---- what is not of a run ----
+# ---- files of others ----
 
 
 def test_overwriting_touches_the_files_of_the_run_alone(run):
@@ -54,7 +54,7 @@ def test_overwriting_touches_the_files_of_the_run_alone(run):
     for name, text in mine.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(text)
-    save_run(run, NEW, CONFIG, overwrite=True)  # it has no plots
+    save_run(run, NEW, CONFIG, overwrite=True)  # this run has no plots
     xr.testing.assert_identical(open_run(run), NEW)
     assert {*files_below(run)} == {*mine, "results.nc", "run.yaml", MANIFEST}
     assert all((run / name).read_text() == text for name, text in mine.items())
@@ -85,7 +85,7 @@ def test_a_file_that_came_while_the_run_was_made_is_refused_by_name(run):
 
 
 def test_of_a_run_without_a_manifest_only_what_runs_alone_write_goes(run):
-    """Runs of earlier versions have none."""
+    """Runs of earlier versions have no manifest."""
     (run / MANIFEST).unlink()
     (run / "plots/my-figure.pdf").write_text("mine")
     (run / "plots/layers.svg").write_text("of a run")
@@ -124,7 +124,7 @@ def test_what_was_set_aside_leads_nowhere_else(run, name):
 
 
 def overwrite(folder):
-    """Another run in its place."""
+    """Replace a run by another."""
     save_run(folder, NEW, CONFIG, overwrite=True, report=more)
 
 
@@ -135,24 +135,24 @@ def test_killed_at_any_moment_the_old_run_or_the_new_one_is_there(tmp_path):
     killed(overwrite, tmp_path / "counted", None, tmp_path / "count")
     count = int((tmp_path / "count").read_text())
     assert count > 40
-    # Half of them where files change places, which comes at the end.
+    # Half of the kills are where files change places, at the end.
     moments = [dice.randrange(1, count) for _ in range(KILLS // 2)]
     moments += [dice.randrange(count // 2, count) for _ in range(KILLS)]
     for number, moment in enumerate(moments):
         folder = save_run(tmp_path / f"run{number}", OLD, CONFIG, report=note)
         assert killed(overwrite, folder, moment)
-        result = open_run(folder)  # the next command: it restores what was set aside
+        result = open_run(folder)  # the next command, which restores files that were set aside
         new = result.identical(NEW)
         assert new or result.identical(OLD)
         found.append(new)
-        save_run(folder, NEW, CONFIG, overwrite=True, report=more)  # and removes what is left
+        save_run(folder, NEW, CONFIG, overwrite=True, report=more)  # removes the rest as well
         xr.testing.assert_identical(whole(folder), NEW)
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     assert {*found} == {False, True}
 
 
 def test_a_new_run_behind_a_killed_one_restores_it_first(run):
-    """Also without --overwrite: what was set aside is the run that is there."""
+    """Without --overwrite too: the files that were set aside are the existing run."""
     dice = random.Random(2)
     for _ in range(5):
         killed(overwrite, run, dice.randrange(60, 100))
@@ -185,7 +185,7 @@ def test_what_killed_processes_left_goes_with_the_next_run(run):
 
 
 def flipped(file, dice):
-    """One bit of a file turned over, for as long as it is asked for the next."""
+    """Flip one bit of a file, and return the earlier bytes."""
     data = file.read_bytes()
     bit = dice.randrange(8 * len(data))
     changed = bytearray(data)
@@ -206,7 +206,7 @@ def test_every_bit_flip_in_a_result_is_named(run):
 
 @pytest.mark.parametrize("resolve", [("parameter", "sample"), ("sample", "token")])
 def test_every_bit_flip_in_a_result_alone_is_named_or_changes_nothing(tmp_path, resolve):
-    """Flips in the checksum's own frame leave a result that says nothing of its bytes."""
+    """Flips in the checksum's own frame leave a result without a checksum."""
     dice, dataset = random.Random(12), make_dataset(n_blocks=1, n_forget=3, resolve=resolve)
     file = save_run(tmp_path / "run", dataset, CONFIG) / "results.nc"
     alone = tmp_path / "alone.nc"
@@ -231,7 +231,7 @@ def test_every_bit_flip_in_a_manifest_is_named(run):
             changed = Manifest.read(run)
         except InputError as error:
             assert f"{MANIFEST} is not as a run wrote it" in str(error)
-        else:  # white space says nothing
+        else:  # white space means nothing
             file.write_bytes(data)
             assert changed == Manifest.read(run)
         file.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Run folders: what is written comes back bit by bit, and a failure leaves what was there."""
+"""Run folders: results come back bit by bit, and a failed write leaves the earlier run."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,8 @@ from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.export import export
 from geffect_fast.storage.manifest import Manifest, check_sums, files_below
 from geffect_fast.storage.netcdf import read_dataset
-from geffect_fast.storage.run_folder import check_free, open_run, store_in, write_dataset
+from geffect_fast.storage.results_file import store_in, write_dataset
+from geffect_fast.storage.run_folder import check_free, open_run
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.storage.save_run import save_run
 
@@ -114,7 +115,7 @@ def test_a_foreign_run_yaml_is_never_overwritten_unasked(tmp_path, dataset):
 
 
 def test_pictures_of_others_in_plots_are_in_nobody_s_way(tmp_path, dataset):
-    """Neither of a first run nor of one that replaces it, and they stay."""
+    """Foreign pictures stay, after a first run and after one that replaces it."""
     folder, picture = tmp_path / "run", tmp_path / "run/plots/mine.pdf"
     picture.parent.mkdir(parents=True)
     picture.write_bytes(b"mine")
@@ -185,7 +186,7 @@ def test_a_failure_of_the_report_costs_no_number(tmp_path, dataset, error, said,
     xr.testing.assert_identical(open_run(tmp_path / "run"), dataset * 2)
     held = Manifest.read(tmp_path / "run").files
     check_sums(tmp_path / "run", held, "")
-    # What was written before it failed is there too.
+    # The files written before the failure are there too.
     assert {*files_below(tmp_path / "run")} == {*held, "manifest.json"}
     assert ("summary.csv" in held) == (code == 3)
 

@@ -1,4 +1,4 @@
-"""A run of several steps that replaces another: that one stays until the new one is whole."""
+"""A run of several steps that replaces another, which stays until the new run is whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def note(dataset, folder):
 
 
 def go(out, resume=False, until=lambda step: None, **more):
-    """A run of two steps, whose measuring takes no time."""
+    """A run of two steps, whose measurements take no time."""
     with locked(out):
         folder = check_start(out, resume, **more)
         with kept(folder):
@@ -107,7 +107,7 @@ def test_another_run_takes_the_place_of_one_that_was_interrupted(run, expected):
 
 
 def overwrite(folder):
-    """A step run in its place."""
+    """Replace a run by a step run."""
     go(folder, overwrite=True)
 
 
@@ -118,7 +118,7 @@ def test_killed_at_any_moment_the_earlier_run_is_there_or_the_new_one(tmp_path, 
     killed(overwrite, tmp_path / "counted", None, tmp_path / "count")
     count = int((tmp_path / "count").read_text())
     for number in range(KILLS):
-        first = count // 2 if number % 2 else 1  # half of them where files change places
+        first = count // 2 if number % 2 else 1  # half of the kills are where files change places
         folder = save_run(tmp_path / f"run{number}", OLD, CONFIG, report=note)
         assert killed(overwrite, folder, dice.randrange(first, count))
         result = open_run(folder)
@@ -127,7 +127,7 @@ def test_killed_at_any_moment_the_earlier_run_is_there_or_the_new_one(tmp_path, 
         if not found[-1]:
             try:
                 go(folder, resume=(folder / NEXT / "run.yaml").exists(), overwrite=False)
-            except InputError as error:  # nothing was begun, or it was whole and took its place
+            except InputError as error:  # nothing was begun, or the new run is whole
                 assert "is complete" in str(error) or "already holds results.nc" in str(error)
                 if "already holds" in str(error):
                     go(folder, overwrite=True)

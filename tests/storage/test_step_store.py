@@ -1,4 +1,4 @@
-"""Step files: whole or not there, found again, and never mistaken for those of another run."""
+"""Step files: whole or absent, found again, and never taken for those of another run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a run with steps 0 and 10."""
+    """The folder of a run with steps 0 and 10."""
     store = StepStore(tmp_path / "run/steps", "mine")
     store.write(0, result(0))
     store.write(10, result(1))
@@ -144,7 +144,7 @@ def test_a_full_disk_keeps_the_steps_that_were_written(folder, call, monkeypatch
     def full(*_args):
         raise FULL
 
-    if call == "io.FileIO.write":  # of a builtin type; ours is on top of it
+    if call == "io.FileIO.write":  # a builtin type, which DiskFile wraps
         monkeypatch.setattr("geffect_fast.storage.disk.DiskFile.check", full)
     else:
         monkeypatch.setattr(call, full)

@@ -1,4 +1,4 @@
-"""Metrics on the way of a training: what `evaluate` says of each checkpoint, and not felt."""
+"""Metrics during a training: those of `evaluate` on each checkpoint, without any influence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from geffect_fast.arguments import checked_config
 from geffect_fast.cli import main
 from geffect_fast.errors import InterruptedRunError
 from geffect_fast.measure.models import load_model, load_tokenizer
-from geffect_fast.report.summary.measures import shown
+from geffect_fast.report.summary.measures import number_with_bounds
 from geffect_fast.training.execute import execute_unlearn
 from geffect_fast.unlearn_settings import UnlearnConfig
 
@@ -33,7 +33,7 @@ NUMBERS = ("value", "value_low", "value_high")
 
 
 def dropping():
-    """A GPT-2 that drops activations in training: what drew random numbers would be felt."""
+    """A GPT-2 that drops activations in training, so that drawn random numbers would show."""
     model = build("gpt2")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -46,7 +46,7 @@ def run(model, **more):
 
 
 def assert_same_numbers(live, step, expected):
-    """What a run says of a step is what `evaluate` returns, bit by bit."""
+    """Check that a run's measures of a step are those of `evaluate`, bit by bit."""
     of = live.sel(step=step)
     for name in NUMBERS:
         found = of[name.replace("value", "measure")]
@@ -77,7 +77,7 @@ def test_measures_are_those_of_the_checkpoints_and_change_nothing(tmp_path):
         )
         assert_same_numbers(live, step, expected)
     assert json.loads(live.attrs["measured_rows"]) == {"forget": 5, "retain": 3, "holdout": 3}
-    # the effects, the risks and the weights are those of a run without
+    # effects, risks and weights are those of a run without metrics
     quiet = dropping()
     without = run(quiet)
     for name in without:
@@ -125,7 +125,7 @@ def test_an_adapter_is_measured_with_its_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def config(study):
-    """Written answers, an adapter with dropout, and fewer measurements than probes."""
+    """Generated answers, an adapter with dropout, and fewer measurements than probes."""
     return checked_config(
         UnlearnConfig,
         {
@@ -150,7 +150,7 @@ def whole(config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, whole, tmp_path):
-    """Stopped at a probe that measures, and at the next one, which does not."""
+    """The run stops at a probe that measures, and at the next one, which does not."""
     stops = [2, 3]
 
     def interrupt(step, _dataset):
@@ -179,11 +179,11 @@ def test_from_the_command_line_to_the_page(config, whole, study, tmp_path, capsy
         live.drop_attrs(deep=False), gf.open_run(whole).drop_attrs(deep=False)
     )
     lines = [line for line in printed.splitlines() if line.strip().startswith("probability:")]
-    assert len(lines) == 3  # of steps 0, 2 and 4
+    assert len(lines) == 3  # at steps 0, 2 and 4
     of = live.sel(step=0, metric="probability").rename(
         measure="value", measure_low="value_low", measure_high="value_high"
     )
-    assert f"forget {shown(of.sel(measured_set='forget'))}" in lines[0]
+    assert f"forget {number_with_bounds(of.sel(measured_set='forget'))}" in lines[0]
     assert main(["show", "run"]) == 0
     assert "min_k(k=0.2)" in capsys.readouterr().out
     root = checked((tmp_path / "run/report.html").read_text(encoding="utf-8"))
@@ -192,12 +192,12 @@ def test_from_the_command_line_to_the_page(config, whole, study, tmp_path, capsy
     head, *rows = rows_of(root, "probability (mean)")
     assert head == ["step", "forget", "retain", "holdout"]
     assert [row[0] for row in rows] == ["0", "2", "4"]
-    assert rows[0][1] == shown(of.sel(measured_set="forget"))
+    assert rows[0][1] == number_with_bounds(of.sel(measured_set="forget"))
     assert (tmp_path / "run/plots/measures.png").exists()
     header = (tmp_path / "run/summary.csv").read_text(encoding="utf-8").splitlines()[0]
     assert "probability_retain" in header and "min_k(k=0.2)_forget" in header
     assert "min_k(k=0.2)_retain" not in header
-    # what is written is what `evaluate` says of the model at the end
+    # the written measures are those of `evaluate` for the final model
     tokenizer = load_tokenizer(study / "model")
     given = {name: getattr(config, name) for name in ("forget", "retain", "holdout")}
     expected = gf.evaluate(
@@ -212,7 +212,7 @@ def test_from_the_command_line_to_the_page(config, whole, study, tmp_path, capsy
     np.testing.assert_allclose(ended.values, expected["value"].values, rtol=1e-5)
 
 
-# ---- in anybody's Trainer ----
+# ---- in any Trainer ----
 
 
 def trained(folder, *callbacks):

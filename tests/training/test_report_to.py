@@ -1,4 +1,4 @@
-"""`unlearn --report-to`: reporters are told of every probe once, TensorBoard in the folder."""
+"""`unlearn --report-to`: reporters get every probe once, TensorBoard writes to the folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from geffect_fast.unlearn_settings import Training, UnlearnConfig
 
 @pytest.fixture
 def config(study, monkeypatch):
-    """A run that tells TensorBoard, and a listener in W&B's place."""
+    """A run that reports to TensorBoard, and to a listener in W&B's place."""
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     monkeypatch.setattr(Listener, "heard", [])
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Listener)
@@ -64,7 +64,7 @@ def test_every_reporter_gets_what_the_result_says(config, tmp_path):
     written = [path.name for path in (folder / "logs").iterdir()]
     assert [name for name in listed if name.startswith("logs/")] == [f"logs/{n}" for n in written]
     assert load_config(folder / "run.yaml").report_to == ("tensorboard", "wandb")
-    # It decides no number: a run without has the same, and one that replaces it takes its place.
+    # Reporting changes no number: a run without it has the same, and one that replaces it succeeds.
     quiet = config.model_copy(update={"report_to": ()})
     again = execute_unlearn(quiet, folder, overwrite=True)
     assert again.drop_attrs(deep=False).identical(result.drop_attrs(deep=False))
@@ -72,7 +72,7 @@ def test_every_reporter_gets_what_the_result_says(config, tmp_path):
 
 
 def test_a_run_that_is_gone_on_with_shows_every_step_once(config, tmp_path):
-    """Stopped behind step 3, with its checkpoint at step 2: step 3 is trained again."""
+    """The run stops after step 3 with a checkpoint of step 2, so that step 3 is trained again."""
     folder = tmp_path / "run"
     with interrupted_at(4), pytest.raises(InterruptedRunError):
         execute_unlearn(config, folder)
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_at_the_logs_costs_a_line(config, tmp_path, monkeypa
 
 
 def test_logs_of_one_second_are_shown_in_their_order(tmp_path, monkeypatch):
-    """TensorBoard reads them by name, of which the last part counts without leading zeros."""
+    """TensorBoard reads logs by name; the last part of the name counts without leading zeros."""
     clock = [1.0e9]
     fake = SimpleNamespace(
         time=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)

@@ -1,4 +1,4 @@
-"""Killed, out of disk, or stopped by Ctrl-C, a run goes on to the very same numbers."""
+"""Killed, out of disk, or stopped by Ctrl-C, a run resumes to the very same numbers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def whole(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def again(whole, tmp_path_factory):
-    """The folder of a run from `run.yaml`, and what it took, once everything is imported."""
+    """The folder of a run from `run.yaml`, and its seconds once everything is imported."""
     folder = tmp_path_factory.mktemp("again") / "run"
     started = time.perf_counter()
     execute_unlearn(load_config(whole / "run.yaml"), folder)
@@ -79,13 +79,13 @@ def go_on(config, folder, **more):
     resume = (folder / "run.yaml").exists()
     try:
         return execute_unlearn(config, folder, resume=resume, **more)
-    except InputError as error:  # killed behind the last file
+    except InputError as error:  # killed after the last file
         assert "is complete, there is nothing to resume" in str(error)
 
 
 @pytest.mark.slow
 def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, again, tmp_path):
-    """At files being opened, renamed and removed, and at random times, until it is complete."""
+    """Kills come when files are opened, renamed or removed, and at random times, until the end."""
     dice = random.Random(7)
     run = partial(go_on, config)
     kills = runs = 0
@@ -107,7 +107,7 @@ def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, again, 
 @pytest.mark.slow
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_checkpoint_half_removed_is_none_and_goes(config, whole, tmp_path, nth):
-    """Killed when its files are gone and its folder is not: of the first, and of the last one."""
+    """The kill comes after the files are gone and before the folder, of the first or last one."""
     folder = tmp_path / "run"
     removed = folder / f"{UNFINISHED}checkpoint-"
     assert killed(lambda _: go_on(config, folder), removed, nth, of="os.rmdir")
@@ -131,7 +131,7 @@ def test_killed_behind_its_result_a_run_is_complete_and_its_checkpoints_go(confi
 
 
 class _Measured:
-    """Counts measurements, and interrupts after one."""
+    """A counter of measurements that interrupts after a given one."""
 
     def __init__(self, monkeypatch, stop_at=None):
         self.count, self.stop_at = 0, stop_at
@@ -157,7 +157,7 @@ def test_ctrl_c_keeps_the_steps_and_says_how_to_go_on(
     assert caught.value.exit_code == 130
     assert f"--resume --out {folder}" in str(caught.value)
     execute_unlearn(config, folder, resume=True)
-    assert measured.count == 3 + 1  # none twice but the one that was interrupted
+    assert measured.count == 3 + 1  # none twice but the interrupted one
     assert_same_run(folder, whole)
 
 

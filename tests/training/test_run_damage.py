@@ -1,4 +1,4 @@
-"""A run that is gone on with after something of it, or of its inputs, was damaged or replaced."""
+"""Resuming a run after damage to, or replacement of, its files or its inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 @pytest.fixture(scope="module")
 def begun(study, tmp_path_factory):
-    """A study and, in `run`, a run in it that was interrupted behind its first checkpoint."""
+    """A study and, in `run`, a run that was interrupted behind its first checkpoint."""
     here = shutil.copytree(study, tmp_path_factory.mktemp("begun") / "here")
     config = checked_config(
         UnlearnConfig,
@@ -43,7 +43,7 @@ def begun(study, tmp_path_factory):
 
 @pytest.fixture
 def here(begun):
-    """The same, put back afterwards, as configs hold its path."""
+    """The study with the interrupted run, restored after the test, as configs hold its path."""
     kept = shutil.copytree(begun, begun.with_name("kept"))
     yield begun
     shutil.rmtree(begun)
@@ -51,7 +51,7 @@ def here(begun):
 
 
 def refused(here):
-    """What is said to who goes on; nothing is touched."""
+    """The message on resuming; no file changes."""
     before = snapshot(here)
     with pytest.raises(InputError) as caught:
         execute_unlearn(load_config(here / "run/run.yaml"), here / "run", resume=True)
@@ -85,7 +85,7 @@ def test_every_bit_flip_in_a_checkpoint_is_named(here):
     data = (checkpoint / MARK).read_bytes()
     for _ in range(40):
         flip(checkpoint / MARK, dice)
-        if read_sealed(checkpoint / MARK) is None:  # else white space
+        if read_sealed(checkpoint / MARK) is None:  # other changes are in white space
             assert not checkpoints(here / "run")
         (checkpoint / MARK).write_bytes(data)
 
@@ -128,7 +128,7 @@ def test_a_missing_file_is_named(here, name):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
 def test_a_torn_state_of_an_earlier_version_is_named(here, name):
-    """Its checkpoints have no checksums, so that it shows when the state is loaded."""
+    """An earlier version's checkpoints have no checksums, so loading the state shows the damage."""
     mark = here / "run/checkpoint-2" / MARK
     held = read_sealed(mark)
     mark.write_text(f'{{"identity": "{held["identity"]}", "step": 2}}')
@@ -179,7 +179,7 @@ def test_a_training_that_diverges_or_may_not_begin_leaves_the_run_it_was_to_repl
     ):
         execute_unlearn(wild, here / "run", overwrite=True)
     assert snapshot(here) == before
-    # nor is the model replaced that a run unlearns
+    # the model that the run unlearns is not replaced
     own = config.model_copy(update={"model": str(here / "run/model")})
     with pytest.raises(InputError, match=r"--model .*run/model is of the run in .* --overwrite"):
         execute_unlearn(own, here / "run", overwrite=True)

@@ -66,7 +66,7 @@ def surveyed(folder, undrawn):
 
 
 def name_of(dataset, end):
-    """The place of the model whose folder ends so."""
+    """The name of the model whose folder ends like this."""
     (name,) = [n for n in dataset["model"].values.tolist() if n.endswith(end)]
     return name
 
@@ -164,7 +164,7 @@ def test_what_is_not_known_is_left_out_and_said(here):
     found = gf.open_evaluation("alone")
     assert found["value"].dims == ("model", "metric", "set") and found.sizes["model"] == 1
     assert np.isnan(found["touched"].item()) and "effect" not in found
-    # four forget rows are fewer than what relearning trains on where nobody says
+    # four forget rows are fewer than relearning's default
     assert json.loads(found.attrs["relearning"])["n_rows"] == 4
     assert found["relearned_set"].values.tolist() == ["relearned"]
     assert any("(--original)" in note for note in json.loads(found.attrs["survey_notes"]))
@@ -192,11 +192,11 @@ def test_models_of_other_parameters_are_not_told_as_touched():
     assert part_touched(small, small) == (0.0, False)
 
 
-# ---- what a training costs ----
+# ---- the cost of a training ----
 
 
 def test_a_run_that_was_stopped_costs_what_its_updates_did(tmp_path, monkeypatch):
-    """By a clock that goes on by a second whenever it is asked."""
+    """The clock advances by a second at every reading."""
     ticks = iter(range(10**6))
     monkeypatch.setattr("geffect_fast.training.cost.time.perf_counter", lambda: float(next(ticks)))
     data = {"forget": samples([9, 7, 5], 1, 3), "retain": samples([9, 6], 2, 3)}

@@ -126,7 +126,7 @@ def test_however_an_update_is_cut_its_gradient_is_the_same(cut, reduction, tmp_p
             model, objective, tmp_path, reference=other, reduction=reduction, **cut
         )
         if "checkpointing" in cut:
-            # the name of versions to come
+            # the name in later versions
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         assert_same(trainer, draws, model, expected)
 
@@ -208,7 +208,7 @@ def test_arguments_that_are_wrong_cost_one_line(fields, message, tmp_path):
 
 
 def test_a_trainer_is_where_the_model_is_and_accelerate_as_it_was(tmp_path, monkeypatch):
-    """transformers takes the first GPU, and what torchrun says of other processes."""
+    """By itself transformers takes the first GPU, and torchrun's settings of other processes."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     own = Accelerator(cpu=True)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -226,7 +226,7 @@ def test_a_trainer_is_where_the_model_is_and_accelerate_as_it_was(tmp_path, monk
 
 
 def test_a_model_on_another_gpu_keeps_it_the_current_one(tmp_path, monkeypatch):
-    """transformers makes the first one the current one."""
+    """By itself transformers makes the first GPU the current one."""
     now = [torch.device("cuda:0")]
 
     @contextmanager
@@ -248,7 +248,7 @@ def test_a_model_on_another_gpu_keeps_it_the_current_one(tmp_path, monkeypatch):
 
 
 def test_a_prompt_that_is_trained_is_gone_on_with(tmp_path):
-    """Its weights are no parameter's own: what an adapter saves of it is computed."""
+    """An adapter computes the prompt weights that it saves: no parameter holds them."""
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model, other = (get_peft_model(build("llama"), settings) for _ in range(2))
     with torch.no_grad():

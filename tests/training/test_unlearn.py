@@ -1,4 +1,4 @@
-"""`gf.unlearn`: probes of a training that they do not change, and whose risks move as predicted."""
+"""`gf.unlearn`: probes that do not change the training, whose risks move as predicted."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_bf16_autocast_trains_otherwise_and_is_measured_as_ever():
     logits = mixed(**ids).logits
     fresh = build("llama")
     fresh.load_state_dict(mixed.state_dict())
-    assert torch.equal(logits, fresh(**ids).logits)  # no autocast is left in its forward
+    assert torch.equal(logits, fresh(**ids).logits)  # its forward holds no autocast
     assert mixed.config.use_cache == fresh.config.use_cache
 
 

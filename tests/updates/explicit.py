@@ -56,7 +56,7 @@ class Rows(RetainBatch):
 
 
 class OfRows:
-    """Gradient ascent on forget rows, the mean loss of retain rows beside it."""
+    """Gradient ascent on forget rows, and the mean loss of retain rows."""
 
     def __init__(self, model, forget, retain, *, retain_weight=1.0, size=100):
         self.model, self.forget_rows, self.retain_rows = model, forget, retain
@@ -85,7 +85,7 @@ class OfRows:
         loss.backward()
 
 
-# ---- the same, written out ----
+# ---- the rules, written out ----
 
 
 def trained(model):
@@ -107,7 +107,7 @@ def gradient(model, loss):
 
 
 class Explicit(torch.nn.Module):
-    """The gradients that rules are made of, as flat vectors, and the rules; called, the loss."""
+    """The gradients that rules combine, as flat vectors, and the rules; a call gives the loss."""
 
     number = 0
 

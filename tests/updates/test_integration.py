@@ -14,7 +14,7 @@ from geffect_fast.errors import InputError
 
 
 class Expected(Explicit):
-    """The Trainer's forget part: the mean over its batches of the loss of each."""
+    """The forget part of the Trainer's gradient: the mean over its batches of each batch's loss."""
 
     def __init__(self, model, batches, weight):
         items = [item for batch in batches for item in batch]
@@ -72,7 +72,7 @@ def test_its_gradients_are_those_of_the_rule_written_out(rule, weight, accumulat
 
 
 def test_three_lines_train_an_adapter(tmp_path):
-    """With OrthoGrad on it, the model inside stays, and the adapter becomes another one."""
+    """OrthoGrad trains the adapter and leaves the model inside unchanged."""
     ends = []
     for rule in (None, gf.updates.OrthoGrad()):
         torch.manual_seed(0)

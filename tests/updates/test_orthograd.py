@@ -1,4 +1,4 @@
-"""OrthoGrad against a QR of stored gradients: values, orthogonality, batches, and what is held."""
+"""OrthoGrad against a QR of stored gradients: values, orthogonality, batches, and memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_it_is_the_projection_by_qr_in_fp32(architecture, retain):
 @pytest.mark.parametrize("room", [0, 100])
 @pytest.mark.parametrize("retain", [RETAIN, REPEATED], ids=["rows", "repeated"])
 def test_in_bf16_it_is_as_far_off_as_plain_gradients_are(retain, room):
-    """Rows that repeat others are told, though rounding makes them differ."""
+    """Repeated rows are recognised, though rounding makes them differ."""
     model = build("llama", torch.bfloat16)
     exact = copy.deepcopy(model).double()
     explicit, rounded = Explicit(exact, FORGET, retain, 0.0), Explicit(model, FORGET, retain, 0.0)
@@ -91,7 +91,7 @@ def test_in_bf16_it_is_as_far_off_as_plain_gradients_are(retain, room):
 
 
 def test_rows_without_a_gradient_protect_nothing():
-    """A row without labels has a gradient of zero, and the others count as if it were not there."""
+    """A row without labels has a gradient of zero; the others count as without this row."""
     blank = {"input_ids": RETAIN[0]["input_ids"], "labels": [-100] * 9}
     model = build("llama", torch.float64)
     with_it = updated(model, OfRows(model, FORGET, [*RETAIN[:3], blank], retain_weight=0.0))
@@ -102,7 +102,7 @@ def test_rows_without_a_gradient_protect_nothing():
 
 
 def test_a_larger_tolerance_leaves_fewer_directions_out():
-    """Of rows that are nearly one, a tolerance keeps what they share."""
+    """For rows that are nearly equal, the tolerance leaves only their common direction."""
     model = build("llama", torch.float64)
     losses = OfRows(model, FORGET, RETAIN, retain_weight=0.0)
     rows = Explicit(model, FORGET, RETAIN, 0.0).rows()
@@ -116,7 +116,7 @@ def test_a_larger_tolerance_leaves_fewer_directions_out():
 @pytest.mark.parametrize("room", [0, 2e5, 1e9], ids=["none", "some", "all"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_every_row_runs_once_wherever_it_is_kept(size, room, monkeypatch):
-    """Where rows are kept is a matter of memory alone."""
+    """Memory alone decides where rows are kept."""
     model = build("llama", torch.float64)
     losses = OfRows(model, FORGET, RETAIN, size=size)
     plan = Updater(OrthoGrad(), model)._planned()
@@ -147,13 +147,13 @@ def test_every_row_runs_once_wherever_it_is_kept(size, room, monkeypatch):
 
 
 def _bytes_kept(kept):
-    """Of what stayed on the device, and of what went elsewhere."""
+    """Bytes kept on the device, and bytes kept elsewhere."""
     away = kept._elsewhere
     return kept._held, 0 if away is None else os.fstat(away._file.fileno()).st_size
 
 
 def _factors(batch):
-    """Of every kind, dtype and layout; two have one input."""
+    """Factors of every kind, dtype and layout; two of them share an input."""
     generator = torch.Generator().manual_seed(batch)
     cu, shared = Offsets.of([2, 3]), torch.randn(5, 6, generator=generator)
     g = torch.randn(5, 4, generator=generator)
@@ -166,7 +166,7 @@ def _factors(batch):
 
 
 def test_what_waits_in_a_file_comes_back_as_it_was():
-    """An input that layers share is written once."""
+    """An input that several layers share is written once."""
     kept, given = KeptRows(0, "orthograd"), [_factors(batch) for batch in range(3)]
     for batch, factors in enumerate(given):
         for name, factor in factors.items():
@@ -227,7 +227,7 @@ def test_the_room_changes_nothing_but_what_it_takes(architecture, size, room):
 
 @pytest.mark.parametrize("room", [0, 100])
 def test_no_tensor_as_large_as_the_rows_gradients_is_there(room):
-    """At no time are there as many numbers of a weight's shape as rows have in their gradients."""
+    """At no time do as many numbers of a weight's shape exist as the rows' gradients hold."""
     model = build("llama")
     losses = OfRows(model, FORGET, samples([6] * 12, 5, 2), retain_weight=0.0)
     largest = max(model.parameters(), key=lambda p: p.numel())
@@ -268,7 +268,7 @@ def test_more_rows_than_memory_for_their_products_are_refused(monkeypatch):
 
 
 def test_dropout_is_in_the_forget_pass_alone():
-    """Rows are protected as the model is without it, and its modules are as they were."""
+    """Rows are protected for the model without dropout, and its modules are as before."""
     model = build("gpt2", torch.float64)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -287,7 +287,7 @@ def test_dropout_is_in_the_forget_pass_alone():
 
 
 def test_rows_of_several_batches_and_a_module_without_factors_are_refused():
-    """A module of the generic rule is run again for its rows, and not beside another batch."""
+    """A module of the generic rule is run again for its rows, but not beside another batch."""
     model = build("llama")
     inner = model.model.layers[0].mlp.up_proj
     inner.forward = lambda x: torch.nn.functional.linear(x, inner.weight.clone())
@@ -319,7 +319,7 @@ def test_gradients_that_are_there_already_are_refused():
 
 
 def test_the_basis_is_one():
-    """The test's own yardstick: orthonormal, of the rank of the rows."""
+    """The test's own reference is orthonormal, and has the rank of the rows."""
     model = build("llama", torch.float64)
     q = basis(Explicit(model, FORGET, REPEATED).rows())
     assert q.shape[1] == 5

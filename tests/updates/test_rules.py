@@ -84,7 +84,7 @@ def test_ten_steps_are_those_of_the_rule_written_out(text, optimizer):
 
 @pytest.mark.parametrize("text", [t for t in RULES if t not in ("sgd", "sam(rho=0)")])
 def test_a_rule_is_not_the_plain_gradient(text):
-    """The rows are such that every rule has something to do."""
+    """The rows are such that every rule changes the gradient."""
     model = build("llama_tied", torch.float64)
     explicit = Explicit(model, FORGET, RETAIN)
     optimizer = OPTIMIZERS["adam"](trained(model))
@@ -122,7 +122,7 @@ def test_every_rule_is_tested():
 
 
 def test_a_penalty_is_that_of_autograd():
-    """(f1 - f) / rho is the gradient of |f|, as twice differentiating finds it, up to O(rho)."""
+    """(f1 - f) / rho is the gradient of |f|, as differentiating twice finds it, up to O(rho)."""
     with fp64_throughout():
         model = build("llama", torch.float64)
         model.set_attn_implementation("eager")
@@ -186,7 +186,7 @@ def test_no_pass_is_taken_twice(text, passes):
 
 @pytest.mark.parametrize("text", RULES)
 def test_weights_are_bitwise_what_they_were(text):
-    """Moved and moved back, they have not been rounded; the value is the objective's."""
+    """Moving and moving back rounds no weight; the value is the objective's."""
     model = build("llama")
     before = flat(trained(model), trained(model)).clone()
     losses = OfRows(model, FORGET, RETAIN)
@@ -199,7 +199,7 @@ def test_weights_are_bitwise_what_they_were(text):
 
 @pytest.mark.parametrize("text", ["sgd", "orthograd", "gru", "gu", "pcgrad", "blur", "sago", "sam"])
 def test_frozen_parameters_take_no_part(text):
-    """As of an adapter: inner products and norms are of what is trained."""
+    """Inner products and norms are of trained parameters only, such as an adapter's."""
     with fp64_throughout():
         model = build("llama", torch.float64)
         for name, p in model.named_parameters():
@@ -214,7 +214,7 @@ def test_frozen_parameters_take_no_part(text):
 
 
 def test_what_is_remembered_goes_on():
-    """A rule's memory is saved and loaded, and is of one rule and one model."""
+    """A rule's memory is saved and loaded, and belongs to one rule and one model."""
     model = build("llama", torch.float64)
     first, second = (Updater(parse("gru(gamma=0.3)"), model) for _ in range(2))
 

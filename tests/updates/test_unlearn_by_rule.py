@@ -98,7 +98,7 @@ def _all():
 
 @pytest.mark.parametrize("part", ["kl", "rr(layer=1)", "0.5*nll + 2*kl"])
 def test_rows_are_protected_in_what_the_objective_keeps(part, tmp_path):
-    """What is left of the forget gradient is orthogonal to every row's own retain part."""
+    """The remaining forget gradient is orthogonal to every row's own retain part."""
     with fp64_throughout():
         model, other = build("llama", torch.float64), build("llama", torch.float64, seed=1)
         trainer = trainer_of(
@@ -125,7 +125,7 @@ def test_rows_are_protected_in_what_the_objective_keeps(part, tmp_path):
 
 
 def test_where_memory_runs_out_the_update_is_redone_in_smaller_batches(tmp_path, monkeypatch):
-    """From the beginning, so that nothing counts twice."""
+    """The update is redone from the beginning, so that nothing counts twice."""
     from geffect_fast.training import rule_losses
 
     with fp64_throughout():
@@ -183,7 +183,7 @@ def killed(config, folder, at_update):
 @pytest.mark.parametrize(
     ("rule", "more"),
     [
-        # one with a memory, one that draws, one of what the optimizer remembers
+        # one with a memory, one that draws, one that uses the optimizer's state
         ("gru(gamma=0.3)", {"lora_rank": 2, "lora_dropout": 0.3}),
         ("sam(rho=0.05, sigma=0.01, draws=2)", {"lora_rank": 2, "lora_dropout": 0.3}),
         ("gu", {}),
@@ -227,7 +227,7 @@ def test_a_rule_in_python_is_taken_as_its_string(config):
 
 
 def test_what_a_rule_protects_changes_nothing_of_what_is_forgotten():
-    """Retain rows are drawn beside the forget rows, which are the same without."""
+    """Retain rows are drawn beside the forget rows, which are the same without them."""
     alone, beside = (
         Draws({"forget": (9, 4)}, 5, 3),
         Draws({"forget": (9, 4), "retain": (7, 2)}, 5, 3),

@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding_an_update_rule.md"
 
 @pytest.fixture
 def own_names(monkeypatch):
-    """Rules that a test registers are gone after it."""
+    """Remove the rules that a test registers when it ends."""
     monkeypatch.setattr(UPDATE_RULES, "classes", dict(UPDATE_RULES.classes))
 
 

@@ -1,7 +1,7 @@
 // Emulation of csrc/cuda/copy_engine.cuh, which this file replaces by the order of include folders.
 //
 // The blocks of a cluster run together. A copy arrives when no thread of its cluster can go on
-// without it, and until then its target holds NaN.
+// without the copy; until then its target holds NaN.
 #pragma once
 
 #include <cuda.h>

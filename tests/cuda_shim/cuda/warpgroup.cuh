@@ -1,7 +1,8 @@
 // Emulation of csrc/cuda/warpgroup.cuh, which this file replaces by the order of include folders.
 //
-// A product is made when its thread waits for it, from what shared memory holds then, and until
-// then its accumulators hold NaN: what is overwritten, read or waited for at the wrong time shows.
+// A product is made when its thread waits for it, from the content of shared memory at this time.
+// Until then its accumulators hold NaN: data that is overwritten, read or waited for at the wrong
+// time shows.
 #pragma once
 
 #include <array>
@@ -29,7 +30,7 @@ namespace warpgroup_emulation {
 
 using Rows = float (*)[4];
 
-// Accumulators of products in flight: their place and what they hold.
+// Accumulators of products in flight: their place and their values.
 struct Accumulators {
   Rows place;
   std::vector<std::array<float, 4>> value;

@@ -20,7 +20,7 @@ def noise(*shape, seed=0, dtype=torch.float64):
 
 
 def fixed(*shape):
-    """What does not move: the same every time, also inside the framework's maps."""
+    """A constant tensor that is the same at every call, also inside the framework's maps."""
     n = torch.Size(shape).numel()
     return (1.7 * torch.arange(n, dtype=torch.float64) + n).sin().view(shape)
 
@@ -30,7 +30,7 @@ def stacked(x, tangents):
 
 
 def agrees(function, *primals, still=(), ways=(stacked, Dual)):
-    """As stacks and apart; tuples of results too. `still`: which do not move."""
+    """Check a function on stacked and on separate tangents; `still`: primals without tangents."""
     tangents = [noise(M, *x.shape, seed=9 + i, dtype=x.dtype) for i, x in enumerate(primals)]
     moving = [i for i in range(len(primals)) if i not in still]
 
@@ -216,11 +216,11 @@ def test_attention(options, still):
         agrees(lambda *x: F.scaled_dot_product_attention(*x, **options), *qkv, still=still)
 
 
-# ---- what cannot be followed ----
+# ---- functions that duals cannot follow ----
 
 
 class Halve(torch.autograd.Function):
-    """Whose derivative is not that of its body."""
+    """An operation whose declared derivative is not that of its code."""
 
     @staticmethod
     def forward(ctx, x):
@@ -262,7 +262,7 @@ def test_refused(name):
 
 
 def test_a_view_of_what_lies_apart_is_not_written_to():
-    """A parameter's own memory, say."""
+    """A dual of separate tensors refuses writes: its value may be a parameter's own memory."""
     x, v = noise(2, 3), noise(M, 2, 3)
     with DualPass():
         for shared in (Dual(x, v), Dual(x, v)[0], Dual(x, v) + 1):
@@ -280,7 +280,7 @@ def test_lack_of_memory_is_no_missing_rule(monkeypatch):
 
 
 def test_no_graph_is_built():
-    """Where checkpointing asks for one at what is constant."""
+    """No graph is built, even where checkpointing asks for a graph of a constant."""
     x = noise(2, 3)
     with DualPass():
         assert not x.requires_grad_().requires_grad

@@ -46,7 +46,7 @@ def directions(plan, n, names=None):
 
 
 def both(model, batch, along, needs=frozenset()):
-    """By duals, and by the framework."""
+    """Outputs by duals, and by the framework."""
     dual = DualModel(Plan.of(model))
     found = dual.outputs(along, batch, needs)
     assert not dual.by_framework
@@ -69,7 +69,7 @@ def agree(model, batch, along, needs=frozenset()):
 @pytest.mark.parametrize("layout", ["packed", "equal_length", "single"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name, layout):
-    """Also logits and hidden states, and along two directions or three."""
+    """Logits and hidden states are compared too, along two or three directions."""
     with fp64_throughout():
         model = build(name, torch.float64)
         plan, lengths = Plan.of(model), LENGTHS if layout == "packed" else (9, 9, 6)
@@ -81,7 +81,7 @@ def test_families(name, layout):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 def test_attention_of_either_kind(name, attention):
-    """Windows that cut sequences short among them."""
+    """The families include models whose sliding windows cut sequences short."""
     with fp64_throughout():
         model = build(name, torch.float64)
         model.set_attn_implementation(attention)
@@ -102,7 +102,7 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_the_parameters(part):
-    """What lies before them does not move, and is run as it is."""
+    """Layers before the parts that move have no tangents and run unchanged."""
     with fp64_throughout():
         model = build("llama_tied", torch.float64)
         names = {name for name in Plan.of(model).parameters if PARTS[part](name)}
@@ -112,7 +112,7 @@ def test_parts_of_the_parameters(part):
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_adapters(base):
-    """Their products, beside frozen weights that do not move."""
+    """Products of adapters move beside frozen weights, which do not."""
     targets = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}[base]
     with fp64_throughout():
         model = lora(base, targets)(torch.float64)
@@ -130,11 +130,11 @@ def test_low_precision_is_that_of_the_parameters(dtype):
         assert error <= 8 * torch.finfo(dtype).eps * theirs.logits.double().norm()
 
 
-# ---- what a pass costs ----
+# ---- the cost of a pass ----
 
 
 class Calls(TorchDispatchMode):
-    """Counts dispatcher calls, and keeps the shapes of numbers that come out."""
+    """A dispatch mode that counts calls and keeps the shapes of floating-point outputs."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +175,7 @@ def sixteen_layers(config="Llama", **settings):
 
 @pytest.mark.parametrize("config", ["Llama", "Qwen3", "Mistral"])
 def test_a_pass_makes_few_calls_and_waits_for_none(config):
-    """Of a batch of sixteen samples of any lengths, along two directions."""
+    """The batch holds sixteen samples of unequal lengths; the pass goes along two directions."""
     torch.manual_seed(0)
     model = sixteen_layers(config)
     batch = batch_of("packed", range(20, 36))
@@ -190,7 +190,7 @@ def test_a_pass_makes_few_calls_and_waits_for_none(config):
 
 
 def test_effects_of_an_objective_cost_few_calls_more():
-    """All that a batch costs: trials of modules, the pass, an objective's terms, results."""
+    """The count is of a whole batch: trials of modules, the pass, an objective's terms, results."""
     torch.manual_seed(0)
     model = sixteen_layers()
     plan, batch = Plan.of(model), batch_of("packed", range(20, 36))
@@ -220,8 +220,10 @@ def test_effects_of_an_objective_cost_few_calls_more():
 
 
 def test_more_lengths_make_few_more_calls(monkeypatch):
-    """64 samples of 20 to 150 tokens are three groups; samples of one length are one. With
-    attention cut up as on a GPU."""
+    """64 samples of 20 to 150 tokens form three groups; samples of one length form one.
+
+    Attention is cut up as on a GPU.
+    """
     monkeypatch.setitem(SHORTEST, "cpu", SHORTEST["cuda"])
     model = sixteen_layers()
     along = directions(Plan.of(model), 2)
@@ -237,9 +239,9 @@ def test_more_lengths_make_few_more_calls(monkeypatch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_no_matrix_of_all_tokens(name, attention):
-    """But for the mask that transformers makes, once for all layers."""
+    """The one matrix of all tokens is the mask that transformers makes, once for all layers."""
     model = build(name)
-    if name != "gemma2":  # which knows eager alone
+    if name != "gemma2":  # gemma2 knows eager attention alone
         model.set_attn_implementation(attention)
     batch = batch_of("packed")
     t = batch.total_tokens
@@ -261,7 +263,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_unknown_models_run_by_the_framework():
-    """Experts are written into a constant; the layout of the table serves them."""
+    """The experts are written into a constant tensor; the batch has the layout of the table."""
     with fp64_throughout():
         model = build("qwen2_moe", torch.float64)
         dual = DualModel(Plan.of(model))

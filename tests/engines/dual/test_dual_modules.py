@@ -1,4 +1,4 @@
-"""Which modules run by a faster rule in forward mode: what they compute decides, not their name."""
+"""Modules get a faster rule in forward mode by what they compute, not by their name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ D, WIDE = 6, 10
 
 
 class Norm(nn.Module):
-    """Llama's."""
+    """A norm like Llama's."""
 
     def __init__(self, d=D, eps=1e-5):
         super().__init__()
@@ -33,14 +33,14 @@ class Norm(nn.Module):
 
 
 class OnePlus(Norm):
-    """Gemma's."""
+    """A norm like Gemma's."""
 
     def forward(self, x):
         return (1 + self.weight) * self.normed(x)
 
 
 class MLP(nn.Module):
-    """Llama's."""
+    """An MLP like Llama's."""
 
     def __init__(self, act_fn=F.silu, bias=False):
         super().__init__()
@@ -54,7 +54,7 @@ class MLP(nn.Module):
 
 
 class GatedNorm(Norm):
-    """Mamba 2's: a gate may be given beside what is normed."""
+    """A norm like Mamba 2's: a gate may be given beside the normed tensor."""
 
     def forward(self, x, gate=None):
         return super().forward(x if gate is None else x * F.silu(gate))
@@ -81,7 +81,7 @@ def moved(module, *args):
 
 
 def recognised(module):
-    """Whether a module has a rule; if so, it computes what the module does."""
+    """Whether a module has a rule; a rule must compute what the module does."""
     forwards = fast_forwards(module)
     own = [m for m in forwards if m is module]
     if own:
@@ -97,7 +97,7 @@ def recognised(module):
 
 
 class Nested(nn.Module):
-    """Modules that look alike."""
+    """A module around modules that look alike."""
 
     def __init__(self, *inside):
         super().__init__()
@@ -124,7 +124,7 @@ def test_recognised(module):
     assert recognised(ready(module))
 
 
-# ---- what differs slightly ----
+# ---- modules that differ slightly ----
 
 
 class EpsAfterRoot(Norm):
@@ -158,28 +158,28 @@ class TwoPlus(Norm):
 
 
 class Halved(Norm):
-    """Of half of the features each: a norm of groups."""
+    """A norm over each half of the features: a norm of groups."""
 
     def normed(self, x):
         return super().normed(x.unflatten(-1, (2, -1))).flatten(-2)
 
 
 class Clipped(Norm):
-    """Equal on small numbers alone."""
+    """A norm whose output is clipped: it equals a known norm on small numbers alone."""
 
     def forward(self, x):
         return super().forward(x).clamp(-1, 1)
 
 
 class HighlyClipped(Norm):
-    """On the way in."""
+    """A norm that clips its input at a high limit."""
 
     def normed(self, x):
         return super().normed(x.clamp(-9, 9))
 
 
 class Detached(Norm):
-    """The same values, with a scale that is held constant."""
+    """A norm with the same values, whose scale is held constant."""
 
     def normed(self, x):
         return x * torch.rsqrt(x.detach().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
@@ -202,7 +202,7 @@ class WithBias(Norm):
 
 
 class ClippedMLP(MLP):
-    """As gpt-oss has it."""
+    """An MLP that clips, as gpt-oss has it."""
 
     def forward(self, x):
         gate, up = self.gate_proj(x).clamp(max=0.1), self.up_proj(x).clamp(-0.1, 0.1)
@@ -210,7 +210,7 @@ class ClippedMLP(MLP):
 
 
 class HighlyClippedMLP(MLP):
-    """At a limit that only some models ever reach."""
+    """An MLP that clips at a limit that only some models ever reach."""
 
     def forward(self, x):
         gate, up = self.gate_proj(x).clamp(max=7), self.up_proj(x).clamp(-7, 7)
@@ -228,14 +228,14 @@ class Swapped(MLP):
 
 
 class ConstantGate(MLP):
-    """The same values, and no gradient through the gate."""
+    """An MLP with the same values, and no gradient through the gate."""
 
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)).detach() * self.up_proj(x))
 
 
 class ConstantInside(MLP):
-    """The same values, and a down projection that sees its input as constant."""
+    """An MLP with the same values, whose down projection treats its input as constant."""
 
     def forward(self, x):
         with torch.no_grad():
@@ -244,7 +244,7 @@ class ConstantInside(MLP):
 
 
 class Softmax(MLP):
-    """Not elementwise."""
+    """An MLP whose activation is a softmax, which is not elementwise."""
 
     def __init__(self):
         super().__init__(lambda x: x.softmax(-1))
@@ -261,7 +261,7 @@ class Needy(MLP):
 
 
 class Scaled(MLP):
-    """By a parameter of its own, which is 1 as yet."""
+    """An MLP with a scale of its own, which is 1 at first."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +288,7 @@ def test_not_taken_for_one(kind):
 
 
 def test_a_forward_replaced_on_the_instance_stays():
-    """As hooks of other packages do it."""
+    """Other packages' hooks replace the forward of an instance."""
     for module in (Norm(), MLP()):
         ready(module)
         module.forward = lambda x: 2 * x
@@ -299,14 +299,14 @@ def test_a_forward_replaced_on_the_instance_stays():
 
 
 def unlike(module, **attributes):
-    """With other attributes than its class gives it."""
+    """A module with attributes that differ from its class's."""
     for name, value in attributes.items():
         setattr(module, name, value)
     return ready(module)
 
 
 class Switched(MLP):
-    """A flag, a buffer and a list, any of which may change what is computed."""
+    """A module with a flag, a buffer and a list, any of which may change its result."""
 
     scale: float = 1
     places: ClassVar = []
@@ -320,7 +320,7 @@ class Switched(MLP):
 
 
 def test_modules_that_differ_are_each_tried():
-    """One stands for others where nothing but the weights tells them apart."""
+    """One module stands for others only where they differ in nothing but their weights."""
     modules = [
         *(Norm(), Norm(), unlike(Norm(), variance_epsilon=0.5), OnePlus(), Clipped(), Norm(D + 1)),
         *(MLP(), MLP(), MLP(F.gelu), MLP(nn.GELU()), MLP(nn.GELU("tanh"))),

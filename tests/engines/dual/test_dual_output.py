@@ -1,4 +1,4 @@
-"""Tangents of what a model ends in, logits and log-probabilities, against reverse mode."""
+"""Tangents of a model's outputs, logits and log-probabilities, against reverse mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ N_DIRECTIONS = 3
 
 
 class Last(nn.Module):
-    """An output layer inside a module that does something to its logits."""
+    """An output layer inside a module that changes its logits."""
 
     def __init__(self, head, last):
         super().__init__()
@@ -33,7 +33,7 @@ class Last(nn.Module):
 
 
 def ending(last):
-    """Builds a model whose logits are `last(head, x)`."""
+    """A function that builds a model whose logits are `last(head, x)`."""
 
     def make(dtype):
         model = build("llama", dtype)
@@ -50,14 +50,14 @@ def in_place(head, x):
 
 
 def constant(head, x):
-    """The layer's own derivative does not count, what is below it does."""
+    """Logits that hold the layer's own result constant, but not the input below."""
     with torch.no_grad():
         weight = head(x)
     return weight * x.sum(-1, keepdim=True)
 
 
 def hooked(register, hook):
-    """Builds a model with a hook on its output layer that changes what it is given."""
+    """A function that builds a model with a hook that changes its output layer's data."""
 
     def make(dtype):
         model = build("llama_tied", dtype)
@@ -92,7 +92,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_tangents_are_those_of_reverse_mode(name, monkeypatch):
-    """Of every label's log-probability, with logits and without, and of every token's logits."""
+    """The outputs are every label's log-probability and, if asked for, every token's logits."""
     monkeypatch.setattr(dual_rule, "BLOCK", 500)  # several blocks of tokens
     served = []
     tangent = LabelNLL.tangent
@@ -127,7 +127,7 @@ def test_tangents_are_those_of_reverse_mode(name, monkeypatch):
 
 
 def along(plan, directions, terms):
-    """How each of the terms moves along each direction, `(M, n)`, one backward a term."""
+    """The derivative of each term along each direction, `(M, n)`, by one backward a term."""
     parameters = list(plan.parameters.values())
     moved = []
     for term in terms:

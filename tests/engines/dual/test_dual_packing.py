@@ -1,4 +1,4 @@
-"""Sequences of a packed batch side by side: every token once, none sees another sequence."""
+"""A packed batch as sequences side by side: every token once, no sequence sees another."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_token_stands_at_its_place(lengths):
     for group in packing.groups:
         n, longest = group.index.shape
         of = owner[group.index]
-        assert (of == of[:, :1]).all()  # padding too is of the sequence
+        assert (of == of[:, :1]).all()  # padding belongs to the same sequence
         own = torch.tensor(lengths)[of[:, 0]]
         expected = torch.arange(longest) >= own[:, None]
         hidden = torch.zeros(n, longest, dtype=torch.bool)
@@ -49,7 +49,7 @@ def test_few_groups_and_little_padding(lengths):
 @pytest.mark.parametrize("kind", ["bool", "added"])
 @pytest.mark.parametrize("window", [3, 100])
 def test_attention_under_a_mask_of_all_tokens(kind, window):
-    """With windows: a group by itself gives what all tokens give under the whole mask."""
+    """Attention by groups equals attention of all tokens under the whole mask, with windows too."""
     sizes = [70, 9, 30, 9, 150]
     packing, total = Packing.of(sizes, CPU), sum(sizes)
     generator = torch.Generator().manual_seed(0)

@@ -46,12 +46,12 @@ def along(function, primals, tangents):
 
 
 def agrees(function, primals, which, *, n_directions=3, block=2**22, seed=0):
-    """Inside `DualFunctions` as outside, and for one direction as for several."""
+    """Check that a function gives the same inside `DualFunctions`, for one and more directions."""
     tangents = [
         noise(n_directions, *x.shape, seed=seed + i) if moves else None
         for i, (x, moves) in enumerate(zip(primals, which, strict=True))
     ]
-    with sdpa_kernel(SDPBackend.MATH):  # the only one with a forward-mode rule
+    with sdpa_kernel(SDPBackend.MATH):  # the only backend with a forward-mode rule
         value, expected = along(function, primals, tangents)
     with pytest.MonkeyPatch.context() as patch, DualFunctions():
         patch.setattr(dual_rule, "BLOCK", block)
@@ -70,7 +70,7 @@ def agrees(function, primals, which, *, n_directions=3, block=2**22, seed=0):
 
 
 def some_of(n):
-    """Which of `n` arguments have tangents: one at least."""
+    """A choice of the arguments, of `n`, that have tangents: at least one."""
     return st.lists(st.booleans(), min_size=n, max_size=n).filter(any)
 
 
@@ -80,7 +80,7 @@ def some_of(n):
 @quick
 @given(st.lists(st.integers(0, 3), max_size=3), sizes, sizes, st.booleans(), some_of(3), seeds)
 def test_linear(rows, d_in, d_out, biased, which, seed):
-    """Also of no rows at all, and of a single vector."""
+    """Inputs include a single vector and a matrix without rows."""
     primals = [noise(*rows, d_in, seed=seed), noise(d_out, d_in, seed=1), noise(d_out, seed=2)]
     if biased:
         agrees(F.linear, primals, which, seed=seed)
@@ -89,7 +89,7 @@ def test_linear(rows, d_in, d_out, biased, which, seed):
 
 
 def test_linear_of_one_output():
-    """Whose weight is a vector, which the framework takes too."""
+    """The weight is a vector, which the framework accepts too."""
     agrees(F.linear, [noise(3, 4), noise(4)], [True, True])
 
 
@@ -139,7 +139,7 @@ def test_cross_entropy(n, vocab, block, seed):
     ids=str,
 )
 def test_cross_entropy_as_others_call_it(options):
-    """With labels that are to be ignored, sums, smoothing, and logits of an image."""
+    """Labels that are ignored, sums, smoothing, and logits of an image."""
     labels = torch.tensor([0, -100, 3, 3])
     if options.get("ignore_index") == 3:
         labels = labels.abs().clamp(max=3)
@@ -148,7 +148,7 @@ def test_cross_entropy_as_others_call_it(options):
 
 
 def test_cross_entropy_of_labels_that_are_certain():
-    """What exponentials under- and overflow at."""
+    """Exponentials underflow and overflow at these logits."""
     logits = torch.tensor([[0.0, 800.0, -800.0], [0.0, -1e4, 1e4], [5.0, 5.0, 5.0]]).double()
     for labels in ([1, 2, 0], [0, 0, 2]):
         labels = torch.tensor(labels)
@@ -198,7 +198,7 @@ def test_attention(counts, lengths, masked, scale, which, block, seed):
 @pytest.mark.parametrize("shape", [(), (2,), (1, 2)], ids=str)
 @pytest.mark.parametrize("n", [33, 70, 300])
 def test_causal_attention_of_many_tokens(shape, n):
-    """Cut into blocks of queries, the last of them short, that see a part of the keys."""
+    """Blocks of queries, the last of them short, each see a part of the keys."""
     qkv = [noise(*shape, n, 2, seed=i) for i in range(3)]
     agrees(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), qkv, [True] * 3)
 
@@ -210,7 +210,7 @@ def test_attention_whose_heads_are_given_once():
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_attention_of_a_token_that_sees_nothing(kind):
-    """As padding on the left makes them: its value is zero, and stays zero."""
+    """Padding on the left makes tokens that see nothing: their values are zero, and stay zero."""
     mask = torch.ones(3, 3, dtype=torch.bool).tril(-1)
     if kind == "float":
         mask = torch.zeros(3, 3).double().masked_fill(~mask, -torch.inf)
@@ -221,7 +221,7 @@ def test_attention_of_a_token_that_sees_nothing(kind):
 @pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (1, 2, 1, 3), (3,)], ids=str)
 @pytest.mark.parametrize("block", [1, 2**22])
 def test_attention_whose_mask_is_learned(shape, block):
-    """A bias by distance, say, that moves with the parameters."""
+    """The mask is a bias by distance, for example, that moves with the parameters."""
     qkv = [noise(2, 2, n, 4, seed=i) for i, n in enumerate([5, 3, 3])]
     for which in ([True] * 4, [False] * 3 + [True]):
         agrees(F.scaled_dot_product_attention, [*qkv, noise(*shape, seed=4)], which, block=block)
@@ -262,7 +262,7 @@ def test_gated(shape, activation, which, seed):
 
 
 def same(rule, function, primals, which, seed=0):
-    """A rule that stands for a module, called by hand."""
+    """Call a module by its rule."""
     tangents = [
         noise(3, *x.shape, seed=seed + 7 + i) if moves else None
         for i, (x, moves) in enumerate(zip(primals, which, strict=True))
@@ -304,7 +304,7 @@ def test_differences(name):
     assert gradcheck(rule, leaves, check_forward_ad=True, check_backward_ad=False)
 
 
-# ---- where the rules stand ----
+# ---- the scope of the rules ----
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_nothing_is_changed_outside():
 
 
 def test_a_model_that_maps_a_function_over_an_axis_itself():
-    """Experts side by side: its map is inside that over directions."""
+    """Experts side by side: the model's own map is inside the map over directions."""
     x, weight, bias = noise(3, 2, 4), noise(3, 5, 4), noise(3, 5)
     agrees(vmap(F.linear), [x, weight, bias], [True] * 3)
     agrees(lambda x, w: vmap(F.linear, (1, None))(x, w), [x, noise(5, 4)], [True, True])
@@ -362,7 +362,7 @@ def test_a_model_that_maps_a_function_over_an_axis_itself():
 
 @pytest.mark.parametrize("block", [torch.no_grad, lambda: torch.set_grad_enabled(False)])
 def test_what_is_computed_without_gradients_is_constant(block):
-    """As in reverse mode; and what follows is not."""
+    """Results under no_grad are constant as in reverse mode; what follows them moves."""
 
     def function(x):
         with block():

@@ -29,7 +29,7 @@ def original(tokenizer):
 
 @pytest.fixture(scope="session")
 def unlearned(original, tokenizer):
-    """After ascent on the forget rows, which costs the others too."""
+    """A model after ascent on the forget rows, which costs the other rows too."""
     return fitted(copy.deepcopy(original), tokenizer, FORGET, 12, sign=-1.0, lr=1e-2)
 
 

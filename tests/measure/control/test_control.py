@@ -25,7 +25,7 @@ from evaluated import losses
 
 import geffect_fast as gf
 from geffect_fast.cli import main
-from geffect_fast.measure.control import largest_share
+from geffect_fast.measure.control import largest_alpha
 from geffect_fast.measure.models import load_model
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -47,7 +47,7 @@ CURVES = {
 @pytest.mark.parametrize("name", CURVES)
 def test_the_share_is_the_best_point_of_a_fine_grid(name, tolerance, tau):
     kept = CURVES[name]
-    found = largest_share(kept, tau, 40, tolerance)
+    found = largest_alpha(kept, tau, 40, tolerance)
     fine = [k / 20_000 for k in range(20_001)]
     best = max(a for a in fine if kept(a) >= tau * kept(0))
     assert kept(found.alpha) >= tau * kept(0)
@@ -67,7 +67,7 @@ def test_each_share_is_measured_once_and_no_more_than_needed():
         asked.append(alpha)
         return 1 - alpha
 
-    largest_share(kept, 0.95, 10, 0.01)
+    largest_alpha(kept, 0.95, 10, 0.01)
     assert len(asked) == len(set(asked)) == 11 + math.ceil(math.log2(0.1 / 0.01))
 
 
@@ -114,7 +114,7 @@ def test_the_share_found_is_the_best_of_a_fine_grid(result, original, unlearned,
 
     share = float(result.alpha_chosen.sel(model="ascent"))
 
-    # From the end on: what is below the best point does not count.
+    # The search runs from the end: shares below the best point do not count.
     best = next(k / 64 for k in range(64, -1, -1) if keeps(k / 64))
     assert best - 1 / 64 <= share <= best + 1 / 64
 
@@ -134,7 +134,7 @@ def test_models_given_are_left_as_they_were(original, unlearned, tokenizer):
     ("tau", "alpha", "n"), [(0.01, 1.0, 5), (1.0, 0.0, 6)], ids=["all kept", "none kept"]
 )
 def test_no_share_is_measured_twice(original, gentler, tokenizer, monkeypatch, tau, alpha, n):
-    """Retention at 0, 1/2 and 1, once by bisection; all metrics at the ends and the share."""
+    """Retention is taken at 0, 1/2 and 1, once by bisection; all metrics at the ends and share."""
     from geffect_fast.measure.evaluator import Evaluator
 
     called, measure = [], Evaluator.measure
@@ -166,7 +166,7 @@ def test_no_share_is_measured_twice(original, gentler, tokenizer, monkeypatch, t
 
 
 def test_utility_can_be_what_is_kept(original, unlearned, tokenizer):
-    """Its number is of the retain data and two probes together."""
+    """The number to keep is a utility of the retain data and two probes together."""
     data = {
         "retain": RETAIN[:2],
         "probes": {"real_authors": RETAIN[2:3], "world_facts": RETAIN[3:]},
@@ -223,7 +223,7 @@ def test_from_folders_to_a_run_that_replays(here, capsys, original, unlearned):
     after = snapshot(here)
     assert {name: after[name] for name in before} == before
     assert not [name for name in after if ".unfinished" in name]
-    # What was saved is the model that was measured.
+    # The saved model is the one that was measured.
     for name in ("ascent", "adapter"):
         model = load_model(here / "mixed" / name)
         again = gf.evaluate(
@@ -237,7 +237,7 @@ def test_from_folders_to_a_run_that_replays(here, capsys, original, unlearned):
     share = float(found.alpha_chosen.sel(model="ascent"))
     weight = load_model(here / "mixed/ascent").lm_head.weight
     assert torch.equal(weight, torch.lerp(original.lm_head.weight, unlearned.lm_head.weight, share))
-    # A run folder as others.
+    # A run folder like any other.
     assert main(["control", "--config", "run/run.yaml", "--out", "again", "--quiet"]) == 0
     again = gf.open_evaluation("again")
     xr.testing.assert_identical(again, found.assign_attrs(created=again.attrs["created"]))

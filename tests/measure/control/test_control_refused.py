@@ -1,4 +1,4 @@
-"""What `control` refuses, in one line, with nothing written."""
+"""Refusals of `control`: one line each, with nothing written."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ REFUSED = {
     "tau NaN": (bad_call(tau=math.nan), "tau"),
     "tolerance 0": (bad_call(tolerance=0), "tolerance"),
     "no grid": (bad_call(grid=0), "grid"),
-    "a loss": (bad_call(metric="nll"), "metric nll: it is not between 0 and 1"),
+    "a loss": (bad_call(metric="nll"), "metric nll: retention needs a metric between 0 and 1"),
     "several": (bad_call(metric="nll,probability"), "is several"),
     "unknown metric": (bad_call(metric="probabilty"), "'probability'"),
     "membership": (bad_call(metric="min_k"), "no number on retain"),

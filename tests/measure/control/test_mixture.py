@@ -1,4 +1,4 @@
-"""Mixtures of two models, of adapters, and what is saved of them."""
+"""Mixtures of two models and of adapters, and the saved form of mixtures."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_two_adapters_of_one_base(original, tmp_path):
             p.copy_(0.6 * ends[0][name] + 0.4 * ends[1][name])
     right = logits(by_hand(merged(one), merged(third), 0.4))
     assert (logits(mean) - right).abs().max() > 0.01
-    # Saved as one adapter, which adds the same.
+    # The mixture is saved as one adapter, which adds the same.
     mixture.save(tmp_path / "sum")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(original), str(tmp_path / "sum"))
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
@@ -163,7 +163,7 @@ def test_an_adapter_is_saved_as_it_was_measured(original, tmp_path, settings, na
 
 @pytest.mark.parametrize("pair", [False, True])
 def test_what_was_saved_is_read_again_and_compared(original, tmp_path, monkeypatch, pair):
-    """Also where peft writes a config that means another scale than that of the weights."""
+    """The comparison also finds a config of peft that means another scale than the weights."""
     write = saved_adapters.save_adapter
 
     def another_scale(model, folder, name):
@@ -188,7 +188,7 @@ def test_adapters_have_the_base_in_common_with_the_working_model(original, unlea
     working = copy.deepcopy(first)
     theirs = {t.data_ptr() for t in working.parameters()}
     if not pair:
-        Mixture(original, unlearned, working, "u").at(1.0)  # which leaves that in it
+        Mixture(original, unlearned, working, "u").at(1.0)  # leaves `unlearned` in `working`
     other = adapter_on(original, 4, modules_to_save=None if pair else ["lm_head"])
     model = Mixture(first, other, working, "u").at(1.0)
     own = {name for name, p in model.named_parameters() if p.data_ptr() not in theirs}

@@ -1,4 +1,4 @@
-"""Two models that know rows of their own, and what `evaluate` measures of one."""
+"""Two models that know rows of their own, and the measures of one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenizer(rows):
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    """A model that knows some rows: after a few steps on the first of them."""
+    """A model that knows some rows, after a few steps on the first of them."""
     return fitted(blank_model(tokenizer, 1), tokenizer, full_rows()[:8], 60)
 
 

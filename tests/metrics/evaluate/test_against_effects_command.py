@@ -1,4 +1,4 @@
-"""`geffect-fast evaluate --against-effects`: a study of runs from the command to its folder."""
+"""`geffect-fast evaluate --against-effects`: a study of runs, from the command to its folder."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ REFUSED = {
     "a model of another": (another_model, ["study"], "give runs from one model"),
     "no model": (without("model"), ["study"], "holds no model"),
     "no result": (without("results.nc"), ["study/a", "study/b"], "study/b"),
-    "no run": (without("run.yaml"), ["study"], "is no run of geffect-fast unlearn"),
+    "no run": (without("run.yaml"), ["study"], "is not a run of geffect-fast unlearn"),
     "called original": (renamed, ["study"], "rename its folder"),
     "one run": (lambda _: None, ["study/a"], "give two or more"),
     "a run twice": (lambda _: None, ["study/a", "study/a"], "listed twice"),

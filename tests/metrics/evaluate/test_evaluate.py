@@ -72,7 +72,7 @@ def test_truth_ratio_and_forget_quality(result, model, retrained, tokenizer, set
     others = np.exp(log_ratios(retrained, tokenizer, sets["forget"]))
     value = float(result.value.sel(metric="forget_quality", set="forget"))
     assert value == pytest.approx(ks_2samp(x, others).pvalue)
-    # The hold-out has no perturbed answers; where no paraphrase is, the answer stands for it.
+    # The hold-out has no perturbed answers; without a paraphrase, the answer takes its place.
     assert np.isnan(result.value.sel(metric="truth_ratio", set="holdout"))
     facts = sets["probes"]["world_facts"]
     x = np.exp(log_ratios(model, tokenizer, facts, "answer"))
@@ -139,7 +139,7 @@ def test_the_same_call_gives_the_same_bits(result, model, tokenizer, retrained, 
 
 
 def test_a_model_in_training_is_measured_in_eval_mode_and_left_as_it_was(model, tokenizer, sets):
-    """Released gradient-norm membership runs in train mode: dropout makes its norms random."""
+    """Released gradient-norm membership runs in train mode, where dropout makes norms random."""
     import copy
 
     training = copy.deepcopy(model)
@@ -192,7 +192,7 @@ def test_retain_rows_without_a_field_are_told(model, tokenizer, rows):
 
 
 def test_forget_quality_from_a_saved_log(model, retrained, tokenizer, sets, tmp_path):
-    """A log that holds what the model itself says gives the same p-value."""
+    """A log with the model's own measures gives the same p-value."""
     rows = sets["forget"]
     right, wrong = right_and_wrong(retrained, tokenizer, rows)
     log = {

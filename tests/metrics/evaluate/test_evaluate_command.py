@@ -68,7 +68,7 @@ def test_several_models_lie_along_an_axis(here, model, tokenizer, sets, capsys):
     lines = (here / "run/summary.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "model,metric,set,statistic,value,value_low,value_high"
     assert len(lines) == 1 + 2 * (3 + 1)
-    # A run folder as others: replayed to the bit, guarded, shown again.
+    # A run folder like others: replayed to the bit, guarded, shown again.
     assert main(["evaluate", "--config", "run/run.yaml", "--out", "again", "--quiet"]) == 0
     again = gf.open_evaluation("again")
     xr.testing.assert_identical(again, found.assign_attrs(created=again.attrs["created"]))
@@ -89,7 +89,7 @@ def test_a_run_of_measures_is_reported_and_exported(here, capsys):
     assert printed[-3:] == ["run", "run/plots/measures.png", "run/report.html"]
     page = (here / "run/report.html").read_text(encoding="utf-8")
     assert "<h1>Measures: run</h1>" in page and str(here / "known") in page
-    # what is missing comes back, and nothing that is there is lost
+    # missing files come back, and existing ones stay
     (here / "run/plots/measures.svg").unlink()
     (here / "run/plots/measures.png").unlink()
     (here / "run/report.html").unlink()
@@ -146,7 +146,7 @@ def test_one_model_is_in_memory_at_a_time(here, monkeypatch):
         alive.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr("geffect_fast.measure.execute.load_model", loaded)
+    monkeypatch.setattr("geffect_fast.measure.by_config.load_model", loaded)
     shutil.copytree("known", "third")
     command = ["evaluate", "--models", "known", "retrained", "third", *DATA, "--metrics", "nll"]
     assert main([*command, "--out", "run", "--quiet"]) == 0

@@ -1,4 +1,4 @@
-"""Every kind of rows: what metrics read of choices, conversations, texts and continuations."""
+"""Metrics of choices, conversations, texts and continuations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from geffect_fast.metrics import available
 
 
 def chosen(model, tokenizer, row):
-    """The choice whose letter is likeliest, by the model run on each text."""
+    """The choice whose letter is likeliest, by running the model on each text."""
     listed = (f"{x}. {text}" for x, text in zip("ABCD", row["choices"], strict=False))
     asked = "\n".join([row["question"], *listed, "Answer:"])
     letters = "ABCD"[: len(row["choices"])]
@@ -60,7 +60,7 @@ def test_choices_are_compared_by_their_letters(model, tokenizer, rows, how):
     expected = [float(chosen(model, tokenizer, row) == row["answer"]) for row in asked]
     assert of.sel(metric="multiple_choice").values.tolist() == expected
     assert 0 < sum(expected) < len(expected)
-    # All else is of the right choice's text.
+    # All other metrics read the right choice's text.
     np.testing.assert_allclose(of.sel(metric="nll"), losses(model, tokenizer, rows[:9]), rtol=1e-5)
 
 
@@ -102,7 +102,7 @@ OF_KIND = {
 
 @pytest.mark.parametrize("kind", OF_KIND)
 def test_every_kind_of_rows_with_every_metric(model, tokenizer, rows, kind):
-    """A number, or one line that says why there is none. Questions show what each needs alone."""
+    """Every pair gives a number or one line of why not. Questions show what each metric needs."""
     of = {
         "question": lambda row: row,
         "choice": lambda row: choice_rows([row])[0],
@@ -146,7 +146,7 @@ def test_every_kind_of_rows_with_every_metric(model, tokenizer, rows, kind):
 
 
 def test_what_is_written_in_a_conversation_is_its_first_answer(tokenizer, rows):
-    """The turns after it are none of what was asked."""
+    """The turns after the first answer do not belong to the question."""
     model = fitted(blank_model(tokenizer, 5), tokenizer, rows[:1], 80)
     found = gf.evaluate(
         model,
@@ -183,7 +183,7 @@ def test_memorisation_as_muse_has_it(tokenizer, rows):
     value = found.value
     short = value.sel(metric="verbatim_memorisation(max_new_tokens=8)", set="forget")
     assert short == 100
-    # A text has no end, so that the model goes on behind it.
+    # A text has no end, so the model continues behind it.
     assert 50 < value.sel(metric="verbatim_memorisation", set="forget") < 100
     assert value.sel(metric="verbatim_memorisation", set="retain") < 100
     assert np.isnan(value.sel(metric="verbatim_memorisation", set="known"))
@@ -198,7 +198,7 @@ def test_memorisation_as_muse_has_it(tokenizer, rows):
 
 
 def test_examples_stand_before_questions_as_muse_has_them(model, tokenizer, sets):
-    """By transformers' own generation, one question at a time, on MUSE's prompts."""
+    """The reference is transformers' generation, one question at a time, on MUSE's prompts."""
     forget, examples = sets["forget"][:4], sets["retain"][:2]
     given = {"forget": forget, "retain": sets["retain"][2:5], "metrics": "knowledge_memorisation"}
     found = gf.evaluate(model, tokenizer, **given, probes={"forget_icl": examples})

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness beside the measures: its scores, refusals, what is left as found.
+"""Tasks of lm-evaluation-harness beside the measures: scores, refusals, and no lasting change.
 
 Task files and data are local, so that nothing is fetched.
 """
@@ -87,7 +87,7 @@ def tasks(tmp_path_factory, rows):
 
 @pytest.fixture(autouse=True)
 def few_known(monkeypatch):
-    """Without the index of the harness's own tasks, whose thousands of files take seconds."""
+    """Leave out the harness's index of its own tasks, whose thousands of files take seconds."""
     if "lm_eval.tasks" in sys.modules:
         tasks = sys.modules["lm_eval.tasks"]
         own = functools.partial(tasks.TaskManager, include_defaults=False)
@@ -142,7 +142,7 @@ def test_scores_are_those_of_the_model_run_by_itself(found, model, tokenizer, ro
     assert about["name"] == "invented_authors/acc"
     assert about["parameters"]["rows"] == QUESTIONS
     assert "0 examples before each, 9 rows" in about["about"]
-    # What metrics measure is as without tasks, to the bit.
+    # The metrics are as without tasks, to the bit.
     plain = gf.evaluate(model, tokenizer, **few)
     beside = found.sel(metric=["nll"], set=["forget", "retain"])
     for name in plain:

@@ -1,4 +1,4 @@
-"""What the table, the guide and the page on adding a metric say of metrics."""
+"""The metrics named in the table, in the guide and on the page on adding a metric."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.metrics import Metric, available, register
 from geffect_fast.metrics.base import Need
 from geffect_fast.metrics.registry import METRICS
-from geffect_fast.report.summary.measures import notes
+from geffect_fast.report.summary.measures import measure_notes
 
 NEEDS = get_args(Need)
 
@@ -22,7 +22,7 @@ NEEDS = get_args(Need)
 def test_the_table_explains_what_it_shows(model, retrained, tokenizer, sets):
     def note(metrics, **more):
         given = {name: sets[name] for name in ("forget", "retain", "holdout")} | more
-        return " ".join(notes(gf.evaluate(model, tokenizer, **given, metrics=metrics)))
+        return " ".join(measure_notes(gf.evaluate(model, tokenizer, **given, metrics=metrics)))
 
     plain = note("nll")
     assert "In brackets" in plain

@@ -1,4 +1,4 @@
-"""Names that hold what matplotlib takes for a formula stand in every figure as they are."""
+"""Names with characters that matplotlib takes for a formula stand unchanged in every figure."""
 
 from __future__ import annotations
 

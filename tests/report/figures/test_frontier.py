@@ -1,4 +1,4 @@
-"""The frontier's picture: what is drawn where, and what it says."""
+"""The frontier's picture: its points, its curve and its texts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_curve_the_choice_and_every_objective_are_there():
     chosen = found["chosen: most removal for e_r ≥ -0.002"]
     assert chosen.ravel().tolist() == [best.e_u, best.e_r]
     ga = result.g_effect.sel(objective="ga").sum(["sample", "token"]).values
-    # npo is 40 times as large as ga, which at its place is within 1.3 of the curve
+    # npo is 40 times as large as ga, which lies within 1.3 of the curve at its place
     expected = np.outer([1, 0.4, 40 / 50, 1.2], ga)
     np.testing.assert_allclose(found["objectives"].T, expected, rtol=1e-12)
     assert {"ga", "wga(alpha=1)", "npo(beta=0.1) ÷ 50", "gd"} <= set(words(panel))
@@ -48,7 +48,7 @@ def test_the_curve_the_choice_and_every_objective_are_there():
 def test_labels_are_not_written_over_each_other():
     close = {f"wga(alpha={i})": 1 - 0.003 * i for i in range(12)}
     _, panel = drawn(token_result(drawn_shares([9, 14]), close), removal=-0.01)
-    panel.figure.canvas.draw()  # saving has left sizes of another resolution
+    panel.figure.canvas.draw()  # saved figures have sizes of another resolution
     boxes = [text.get_window_extent() for text in panel.texts if text.get_text()[:3] == "wga"]
     assert len(boxes) == 12
     for i, box in enumerate(boxes):

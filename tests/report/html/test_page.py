@@ -1,4 +1,4 @@
-"""The page of a run as its source: whole, by itself, with the numbers of the result."""
+"""The source of a run's page: complete, without other files, with the numbers of the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 from geffect_fast.report import write_report
-from geffect_fast.report.figures.style import COLOURS, UNWANTED, WANTED
+from geffect_fast.report.figures.style import COLOURS, LINE_UNWANTED, LINE_WANTED
 from geffect_fast.report.html.page import page_html, write_page
 from geffect_fast.report.html.profile import MOST_POINTS, outliers
 from geffect_fast.report.summary.step_findings import turning_sentence
@@ -160,7 +160,7 @@ INVERT = 0.92
 
 
 def dark(colour):
-    """What the filter of dark pages makes of a colour."""
+    """The colour that the filter of dark pages makes of a colour."""
     channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     channels = INVERT + (1 - 2 * INVERT) * channels
     return "#" + "".join(f"{round(255 * c):02x}" for c in (TURN @ channels).clip(0, 1))
@@ -171,7 +171,7 @@ def test_colours_of_figures_are_told_apart_from_a_dark_page():
     ground = luminance(GROUND["dark"])
     greys = [luminance(dark(f"#{v:02x}{v:02x}{v:02x}")) for v in range(0, 256, 15)]
     assert greys == sorted(greys, reverse=True) and greys[0] > 0.8 and greys[-1] < 0.02
-    for colour in (*COLOURS, WANTED, UNWANTED, "#555555", "#666666"):
+    for colour in (*COLOURS, LINE_WANTED, LINE_UNWANTED, "#555555", "#666666"):
         assert (luminance(dark(colour)) + 0.05) / (ground + 0.05) >= 3, colour
 
 
@@ -180,7 +180,7 @@ def test_colours_of_figures_are_told_apart_from_a_dark_page():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run folder of a profile, which is the working folder's `run`."""
+    """A run folder of a profile: `run` in the working folder."""
     monkeypatch.chdir(tmp_path)
     save_run("run", make(), make_config(CONFIG), report=write_report)
     return tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The page as Chromium shows it: whole, quiet, as wide as a phone, light, dark and printed."""
+"""The page in Chromium: complete, without errors, as wide as a phone, light, dark and printed."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_what_compares_is_seen_on_a_phone(browser, pages, page, head):
 
 
 def test_it_is_printed_light_and_whole(browser, pages, tmp_path):
-    for page in ("profile", "comparison", "control", "survey"):  # with all kinds of blocks
+    for page in ("profile", "comparison", "control", "survey"):  # a page with all kinds of blocks
         found = shown(browser, pages / f"{page}.html", 700, dark=True, media="print")
         assert found["ground"] > 0.9 and found["ink"] < 0.1 and not found["faint"]
         hidden = browser.run("getComputedStyle(document.querySelector('nav')).display")
@@ -172,7 +172,7 @@ body {{ background: url({0}ground); font-family: f }}</style>
 
 @pytest.fixture
 def server():
-    """The address of a server on this machine, and the paths that it was asked for."""
+    """The address of a server on this machine, and the paths that were requested."""
     asked = []
 
     class Note(BaseHTTPRequestHandler):
@@ -184,7 +184,7 @@ def server():
         def log_message(self, *_):
             pass
 
-    # A browser opens connections ahead, on which one that takes turns would wait.
+    # A browser opens connections ahead; a server without threads would wait on them.
     with ThreadingHTTPServer(("127.0.0.1", 0), Note) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/", asked

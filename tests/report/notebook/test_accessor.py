@@ -1,4 +1,4 @@
-"""`result.gf`: what a result shows of itself, and what it says where it has nothing to show."""
+"""`result.gf`: the views of a result, and its messages where there is nothing to show."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_one_step_of_several_has_the_figures_of_a_profile():
     assert stepped().isel(step=-1).gf.plot.instances().axes
 
 
-# ---- when xarray knows of it ----
+# ---- registration with xarray ----
 
 
 def test_whatever_gives_results_brings_it():

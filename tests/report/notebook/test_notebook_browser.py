@@ -1,4 +1,4 @@
-"""What a notebook shows, as Chromium shows it: readable beside whatever stands around it."""
+"""A notebook's outputs in Chromium: readable beside any surroundings."""
 
 from __future__ import annotations
 

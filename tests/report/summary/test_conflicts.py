@@ -1,4 +1,4 @@
-"""What part of gradients opposes the retain risk's, in the terminal and on the page."""
+"""The part of gradients that opposes the retain risk's, in the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import geffect_fast as gf
 from geffect_fast.report.html.page import page_html
 from geffect_fast.report.summary.conflicts import FISHER, Conflicts
 from geffect_fast.report.summary.place_conflicts import PlaceConflicts
-from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.profile import render_profile
 from geffect_fast.report.tables.result import tables_and_sentences
 
 DATA = {"forget": samples([5, 9, 3], 1, 2), "retain": samples([7, 4, 6], 2, 2)}
@@ -57,7 +57,7 @@ def test_to_ascend_on_what_is_retained_opposes_it_everywhere():
 def test_they_are_printed_and_on_the_page(resolve):
     measured, plain = result(resolve), result(resolve, conflicts=False)
     console = Console(record=True, width=200)
-    console.print(render(measured))
+    console.print(render_profile(measured))
     printed, page = console.export_text(), page_html({"run": measured})
     shares = Conflicts.of(measured)
     for text in (printed, page):
@@ -69,8 +69,10 @@ def test_they_are_printed_and_on_the_page(resolve):
 
 
 def of_places():
-    """Four forget rows of ten tokens and a retain row; two thirds of the mass of row `i` are at its
-    token `i`, the rest at its last."""
+    """Four forget rows of ten tokens and a retain row.
+
+    Two thirds of the mass of row `i` are at its token `i`, the rest at its last.
+    """
     mass, share = np.zeros((2, 2, 5, 10)), np.full((2, 2, 5, 10), np.nan)
     for i in range(5):
         mass[:, :, i, [i, 9]] = [2.0, 1.0]

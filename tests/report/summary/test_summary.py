@@ -1,4 +1,4 @@
-"""Numbers of a report: shares and totals add up, verdicts follow the signs, nothing hides a NaN."""
+"""A report's numbers: shares and totals add up, verdicts follow the signs, NaN is always shown."""
 
 import csv
 import math
@@ -43,7 +43,7 @@ def test_verdicts(e_u, e_r, verdict, collateral):
     row = summarise(with_effects((e_u, e_r), (-3.0, 0.5)).drop_vars("cosine"))[0]
     assert row.verdict == verdict
     assert row.collateral == pytest.approx(collateral, nan_ok=True)
-    assert row.forgets == (not math.isnan(collateral))  # in spite of what "mostly harm" sounds like
+    assert row.forgets == (not math.isnan(collateral))  # "mostly harm" forgets too
     assert row.effects["unlearn"] == pytest.approx(e_u, nan_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Reports call no two objectives different that 16 bits do not tell apart, and others they do."""
+"""Reports name two objectives different only where 16 bits tell them apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geffect_fast.report.summary.objectives import summarise
 from geffect_fast.report.summary.run_findings import comparison_finding
 from geffect_fast.report.summary.sweep import Swept
 from geffect_fast.report.tables.compare import render_comparison
-from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.profile import render_profile
 from geffect_fast.report.tables.sweep import render_sweep
 from geffect_fast.results.told_apart import effect_errors, told_apart
 
@@ -79,7 +79,7 @@ def test_told_apart_by_more_than_the_larger_error():
 
 @pytest.fixture
 def family(swept):
-    """Makes a sweep of one family with these totals, in bf16 with this `precision_error`."""
+    """A function that makes a sweep of one family with these totals, in bf16, with this error."""
 
     def make(e_u, e_r, error=0.01):
         dataset = swept([f"wga(alpha=1:{len(e_u)}:{len(e_u)})"], e_u=e_u, e_r=e_r)
@@ -107,7 +107,7 @@ def test_the_best_of_a_family_names_how_many_are_no_different(family):
     assert exact.picks(one)[0] == ["strongest removal", "least harm", "least collateral"]
 
 
-# ---- where it is said ----
+# ---- the places that say so ----
 
 
 def test_tables_and_pages_say_the_figure():
@@ -116,9 +116,9 @@ def test_tables_and_pages_say_the_figure():
         "Precision: effects in 16 bits may be off by 1.2 % (thrice what float32 changes at forget "
         "row 0 and 6); objectives that differ by no more are called no different."
     )
-    assert line in words_of(render(dataset))
+    assert line in words_of(render_profile(dataset))
     assert line in page_html({"run": dataset})
-    assert "Precision" not in words_of(render(result([-1] * 3, [0] * 3, error=0)))
+    assert "Precision" not in words_of(render_profile(result([-1] * 3, [0] * 3, error=0)))
 
 
 def test_tables_say_why_there_is_no_figure():
@@ -126,11 +126,11 @@ def test_tables_say_why_there_is_no_figure():
         precision_note="not measured: no room"
     )
     line = "Precision of effects in 16 bits: not measured: no room."
-    assert line in words_of(render(dataset)) and line in page_html({"run": dataset})
+    assert line in words_of(render_profile(dataset)) and line in page_html({"run": dataset})
 
 
 def compared(rises, error):
-    """Runs whose risks rise by these from 1, the forget risk and the retain risk."""
+    """Runs whose forget and retain risks rise by these numbers from 1."""
     runs: dict[str, xr.Dataset] = {}
     for i, (name, rise) in enumerate(rises.items()):
         run = step_dataset((name,), seed=i, n_steps=3, resolve=(), weights=False)

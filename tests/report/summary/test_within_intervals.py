@@ -1,4 +1,4 @@
-"""Reports draw, print and keep to the intervals by the choice of the rows."""
+"""Reports draw, print and respect the intervals by the choice of the rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from geffect_fast.report.figures.sweep import BARS, pareto_figure, sweep_figure
 from geffect_fast.report.html.blocks import HeatMap
 from geffect_fast.report.html.profile import full_table, read_cosines
 from geffect_fast.report.html.steps import full_table as steps_table
-from geffect_fast.report.summary.effects import by_place, place_widths
+from geffect_fast.report.summary.effects import by_place, place_half_widths
 from geffect_fast.report.summary.findings import findings
 from geffect_fast.report.summary.objectives import summarise, verdict_of
 from geffect_fast.report.summary.run_findings import comparison_finding
@@ -62,7 +62,7 @@ def with_intervals(dataset, *, narrow=1.0):
 
 
 def with_risks(path, spread, *, objective="ga", seed=0):
-    """A step result with intervals whose risks are `(S, 2)`, and what three rows move them by."""
+    """A step result with intervals: risks `(S, 2)`, and the changes of the risks by three rows."""
     dataset = step_dataset((objective,), n_steps=len(path), weights=False, seed=seed)
     dataset = with_intervals(dataset)
     dataset["risk_value"][:] = path
@@ -92,13 +92,13 @@ def turning(low, high, e_u=-1.0):
     [
         # before and after do not overlap
         ([0.1, 0.2, 1.4, 1.9], [0.6, 0.9, 1.8, 2.1], "From step 20 on"),
-        # the same costs, with wider intervals about them
+        # the same costs, with wider intervals around them
         ([-0.3, -0.1, 0.9, 0.8], [1.0, 1.2, 2.3, 2.9], "At 1 of 4 probed steps"),
-        ([0.1, 0.7, 1.4, 1.9], [0.6, 1.3, 1.8, 2.1], "(between step 0 and it the choice"),
+        ([0.1, 0.7, 1.4, 1.9], [0.6, 1.3, 1.8, 2.1], "(between steps 0 and 20 these"),
         ([0.1, 0.2, 0.3, 0.4], [0.6, 0.9, 0.9, 1.0], "At every probed step a further small step"),
-        ([0.1, 0.2, 0.3, 0.4], [1.6, 1.9, 1.9, 1.1], "At every probed step it is within what"),
-        ([1.1, 1.2, 1.3, 1.4], [1.6, np.inf, 1.9, 1.5], "At no probed step"),
-        ([0.1, 0.2, 0.3, 0.4], [0.6, 0.9, 0.9, 1.1], "first at step 30, that is within"),
+        ([0.1, 0.2, 0.3, 0.4], [1.6, 1.9, 1.9, 1.1], "At no probed step do these rows tell"),
+        ([1.1, 1.2, 1.3, 1.4], [1.6, np.inf, 1.9, 1.5], "At no probed step does a further"),
+        ([0.1, 0.2, 0.3, 0.4], [0.6, 0.9, 0.9, 1.1], "first at step 30, these rows do not"),
     ],
 )
 def test_a_turn_is_said_where_the_intervals_before_and_after_are_apart(low, high, says):
@@ -113,7 +113,7 @@ def test_a_turn_is_said_where_the_intervals_before_and_after_are_apart(low, high
     ("c", "effect", "interval", "expected"),
     [
         (-1.0, -3.0, (-9.0, -0.1), (-1.0, -1.0)),  # -ga- is along its risk, whatever the rows
-        (-0.01, -1.0, (-2.0, -0.5), (-0.02, -0.005)),  # across it next to all: as the effect
+        (-0.01, -1.0, (-2.0, -0.5), (-0.02, -0.005)),  # nearly orthogonal: as the effect
         (-0.6, -1.0, (-2.0, 1.0), (-1.2 / math.hypot(1.2, 0.8), 0.6)),
         (0.6, 2.0, (0.0, 4.0), (0.0, 1.2 / math.hypot(1.2, 0.8))),
     ],
@@ -125,13 +125,13 @@ def test_a_cosine_moves_along_its_risk(c, effect, interval, expected):
 
 
 def test_an_interval_of_a_cosine_is_that_of_drawing_its_rows_anew():
-    """Of gradients along which rows differ: against the cosine of each draw, from the vectors."""
+    """Rows differ along the risk; the reference is the cosine of each draw, from the vectors."""
     rng = np.random.default_rng(3)
     risk = np.zeros(6)
     risk[0] = 1.0
     rows = np.outer(-1 - 0.8 * rng.random(40), risk)
     rows[:, 0] += 0.8 * rng.normal(size=40)
-    rows[:, 1:] += 1.5  # the same across it
+    rows[:, 1:] += 1.5  # the same in all other directions
     g = rows.sum(0)
     c = float(g @ risk / np.linalg.norm(g))
     counts = rng.multinomial(40, [1 / 40] * 40, size=4000)
@@ -179,11 +179,11 @@ def test_an_outcome_says_no_direction_within_noise():
     spread[2, 1] /= 10
     said = outcome_sentence(with_risks(path, spread))
     assert "the retain risk rises by 0.5 [0.402, 0.598] (from 2)" in said
-    assert "at a cost of 0.017 [" in said and "of the retain risk" in said
+    assert "for a unit rise of the forget risk, the retain risk rises by 0.017 [" in said
 
 
 def compared(rises, size):
-    """Runs whose forget risk rises by these, each with rows that move it by `size`, apart."""
+    """Runs whose forget risk rises by these numbers; rows of its own move each one by `size`."""
     runs = {}
     for i, (name, rise) in enumerate(rises.items()):
         spread = np.zeros((2, 2, 3))
@@ -206,11 +206,11 @@ def test_no_run_removes_most_within_noise():
 def test_a_rise_within_noise_is_none():
     said = compared({"ga": 2.0, "gd": 0.1, "npo(beta=0.1)": -2.0}, 0.06)[1]
     assert "The forget risk does not rise in npo(beta=0.1)." in said
-    assert "Whether the forget risk rises is within what the choice of the rows moves in gd" in said
+    assert "These rows do not tell whether the forget risk rises in gd" in said
 
 
 def test_a_part_is_the_largest_as_far_as_rows_tell():
-    """Two parts of 51 and 49 %, whose rows differ much or not at all."""
+    """Two parts have 51 and 49 %; their rows differ much or not at all."""
     base = make_dataset(["ga"], resolve=("group", "sample"), n_forget=12, n_retain=0)
     parts = [str(group) for group in base["group"].values]
     rows = np.zeros((len(parts), 12))
@@ -237,7 +237,8 @@ def test_the_comparison_has_the_intervals_of_its_columns(tmp_path):
         assert of["rise_retain"] == pytest.approx((row["rise_retain"],) * 2)
         risk = row["risk_unlearn"]
         assert of["risk_unlearn"] == pytest.approx((risk - off, risk + off))
-        # cost = rise_retain / rise_unlearn moves by -cost / rise_unlearn of what the latter does
+        # cost = rise_retain / rise_unlearn moves by -cost / rise_unlearn times a move of
+        # rise_unlearn
         assert of["cost"] == pytest.approx(
             (row["cost"] * (1 - off / rise), row["cost"] * (1 + off / rise))
         )
@@ -247,7 +248,7 @@ def test_the_comparison_has_the_intervals_of_its_columns(tmp_path):
         )
     write_comparison(both, tmp_path)
     table = pd.read_csv(tmp_path / "summary.csv")
-    assert list(table)[: len(rows[0])] == list(rows[0])  # the columns that there were come first
+    assert list(table)[: len(rows[0])] == list(rows[0])  # the existing columns come first
     added = {f"{name}_{side}" for name in found[0] for side in ("low", "high")}
     assert set(list(table)[len(rows[0]) :]) == added
     np.testing.assert_allclose(table["cost_high"], [of["cost"][1] for of in found])
@@ -370,31 +371,32 @@ def test_a_sweep_is_shaded_and_its_front_has_bars(swept):
         [dataset.g_effect_low[:, 0], dataset.g_effect_high[:, 0]], -1), rtol=1e-9)  # fmt: skip
     np.testing.assert_allclose(up[:, 1, 1], dataset.g_effect_high[:, 1], rtol=1e-9)
     many = of(BARS + 6)
-    assert len(bars(many)[0]) <= BARS  # of many those of the front
+    assert len(bars(many)[0]) <= BARS  # of many objectives, those of the front
 
 
 def test_maps_say_which_parts_are_within_noise():
-    values, widths = np.array([[-3.0, 1.0, 0.0]]), np.array([[1.0, 2.0, 1.0]])
-    (row,) = HeatMap.of("", "unlearn", ["a", "b", "c"], ["ga"], values, widths).rows
+    values, half_widths = np.array([[-3.0, 1.0, 0.0]]), np.array([[1.0, 2.0, 1.0]])
+    (row,) = HeatMap.of("", "unlearn", ["a", "b", "c"], ["ga"], values, half_widths).rows
     assert [cell[1] for cell in row[2]] == ["-9", "(+3)", "·"]
     assert [cell[0] > 0 for cell in row[2]] == [True, False, False] and row[2][1][0] == 0
     assert row[2][1][2] == "+1.000e+00 [-1.000e+00, +3.000e+00]"
     (plain,) = HeatMap.of("", "unlearn", ["a", "b", "c"], ["ga"], values).rows
     assert [cell[1] for cell in plain[2]] == ["-9", "+3!", "·"]
     dataset = with_intervals(make_dataset(["ga"]))
-    widths = place_widths(dataset, blocks=False)
-    assert widths.shape == (1, 2, 6) and (widths > 0).all()
-    assert place_widths(make_dataset(["ga"]), blocks=False) is None
+    half_widths = place_half_widths(dataset, blocks=False)
+    assert half_widths.shape == (1, 2, 6) and (half_widths > 0).all()
+    assert place_half_widths(make_dataset(["ga"]), blocks=False) is None
 
 
 def test_maps_have_a_dot_on_every_cell_within_noise():
     dataset = with_intervals(make_dataset(["ga", "gd"]), narrow=0.2)
-    values, widths = by_place(dataset, True)[1][:, 1], place_widths(dataset, True)[:, 1]
+    values = by_place(dataset, True)[1][:, 1]
+    half_widths = place_half_widths(dataset, True)[:, 1]
     panel = blank_figure(3, 3).subplots()
-    mark_noise(panel, np.arange(values.shape[1]), values, widths)
+    mark_noise(panel, np.arange(values.shape[1]), values, half_widths)
     (dots,) = panel.get_lines()
     found = sorted(zip(dots.get_ydata(), dots.get_xdata(), strict=True))
-    inside = [(k, p) for k, p in np.ndindex(values.shape) if abs(values[k, p]) <= widths[k, p]]
+    inside = [(k, p) for k, p in np.ndindex(values.shape) if abs(values[k, p]) <= half_widths[k, p]]
     assert found == inside and 0 < len(inside) < values.size
 
 

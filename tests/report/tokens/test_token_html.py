@@ -1,4 +1,4 @@
-"""The token view as a page: parsed, its script run, written by runs and the command line."""
+"""The token view as a page: parsed, its script run, written by runs and by the command line."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_page_of_a_large_result_stays_small():
 
 @pytest.fixture
 def run(result, tmp_path, monkeypatch):
-    """A run folder, which is the working folder's `run`."""
+    """A run folder: `run` in the working folder."""
     monkeypatch.chdir(tmp_path)
     save_run("run", result, make_config(CONFIG), report=write_report)
     return tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The token view: its numbers, its colours, and what becomes of them in a terminal and in HTML."""
+"""The token view: its numbers, its colours, and their form in a terminal and in HTML."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_colours_are_monotone_symmetric_and_legible(theme):
         for sign in (n, -n):
             light, dark = sorted((luminance(INK[theme]), shades[sign]), reverse=True)
             assert (light + 0.05) / (dark + 0.05) > 4.5  # WCAG AA
-        # blue and orange: told apart by red against blue, which every colour vision can
+        # blue and orange differ in red against blue, which every kind of colour vision can tell
         red, blue = (int(colour(n, theme)[at : at + 2], 16) for at in (1, 5))
         assert blue > red
         red, blue = (int(colour(-n, theme)[at : at + 2], 16) for at in (1, 5))
@@ -87,8 +87,8 @@ def test_levels_are_odd_and_monotone(numbers):
 def test_the_scale_is_robust_both_ways():
     ordinary = np.linspace(-1, 1, 101)
     assert robust_scale(ordinary) == pytest.approx(0.95, rel=0.02)
-    assert robust_scale(np.append(ordinary, 5.0)) < 1.0  # one large token blanks nothing out
-    assert robust_scale(np.append(1e-12 * ordinary, 1.0)) == pytest.approx(0.1)  # nor noise glares
+    assert robust_scale(np.append(ordinary, 5.0)) < 1.0  # one large token does not hide the others
+    assert robust_scale(np.append(1e-12 * ordinary, 1.0)) == pytest.approx(0.1)  # noise stays pale
     assert robust_scale(np.array([np.nan, np.inf])) == 0.0 == robust_scale(np.zeros(3))
 
 
@@ -155,7 +155,7 @@ def test_a_view_holds_the_results_numbers(groups):
 def test_the_strongest_tokens_are_the_most_negative():
     view = token_view(of_row([0.0, -1.0, -3.0, 3.98, -0.02], [0.0] * 5))
     answer = view.answers[0]
-    assert view.strongest(0, 0, answer) == [(2, -3 / 8), (1, -1 / 8)]  # not the 0.25 %
+    assert view.strongest(0, 0, answer) == [(2, -3 / 8), (1, -1 / 8)]  # instead of 0.25 %
     assert view.strongest(0, 1, answer) == []
     assert view.total(0, 0, answer) == pytest.approx(-0.04)
 
@@ -168,7 +168,7 @@ def test_samples_are_chosen_by_order_number_and_effect():
         return [(a.data, a.row) for a in token_view(result, "wga(alpha=1)", **options).answers]
 
     assert chosen(samples=2) == [("forget", 0), ("forget", 1)]
-    assert chosen(samples=99) == [("forget", row) for row in range(4)]  # not the retain row
+    assert chosen(samples=99) == [("forget", row) for row in range(4)]  # without the retain row
     for by, risk in (("removal", "unlearn"), ("damage", "retain")):
         order = np.argsort(sums.sel(risk=risk).values[:4])
         assert chosen(by=by, samples=3) == [("forget", row) for row in order[:3]]
@@ -178,7 +178,7 @@ def test_samples_are_chosen_by_order_number_and_effect():
 
 
 def test_what_does_not_fit_is_left_out_and_said():
-    result = make(groups=False)  # 39 tokens, 2 risks: 78 numbers an objective
+    result = make(groups=False)  # 39 tokens, 2 risks: 78 numbers for each objective
     everything = token_view(result, all_objectives=True, max_values=234)
     assert everything.left_out == () and len(everything.objectives) == 3
     fewer = token_view(result, all_objectives=True, max_values=233)
@@ -205,7 +205,7 @@ def test_mistakes_are_named():
 
 
 def printed(view, system, width=80):
-    """What a terminal of these colours is sent."""
+    """The characters sent to a terminal of these colours."""
     stream = io.StringIO()
     console = Console(file=stream, width=width, color_system=system, force_terminal=True)
     console.print(TerminalView(view))

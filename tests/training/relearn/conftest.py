@@ -29,13 +29,13 @@ def original(blank, tokenizer):
 
 @pytest.fixture(scope="module")
 def retrained(blank, tokenizer):
-    """One that never saw the forget rows."""
+    """A model that never saw the forget rows."""
     return fitted(copy.deepcopy(blank), tokenizer, OTHERS, 60)
 
 
 @pytest.fixture(scope="module")
 def unlearned(original, tokenizer):
-    """A little ascent, which hides what it does not remove."""
+    """A model after a little ascent, which hides rows rather than removes them."""
     return fitted(copy.deepcopy(original), tokenizer, FORGET, 5, sign=-1.0, lr=3e-3)
 
 

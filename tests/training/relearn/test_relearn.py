@@ -1,4 +1,4 @@
-"""`gf.relearn` and `geffect-fast relearn`: what comes back of rows that were unlearned."""
+"""`gf.relearn` and `geffect-fast relearn`: the rows that come back after unlearning."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_step_0_is_evaluate(result, unlearned, retrained, tokenizer):
 
 
 def test_training_is_plain_descent_on_the_rows_mean_loss(retrained, tokenizer):
-    """Five steps of torch's own SGD, by transformers' own logits, one row at a time."""
+    """The reference is five steps of torch's SGD on transformers' logits, one row at a time."""
     asked = ASKED | {"optimizer": "sgd", "learning_rate": 0.5, "measure_every": 5}
     found = gf.relearn(retrained, tokenizer, **asked, metrics="nll")
     chosen = json.loads(found.attrs["relearned_rows"])
@@ -113,7 +113,7 @@ TEXTS = [
 
 
 def test_windows_of_texts_are_rows(unlearned, tokenizer):
-    """As many as are asked for are trained on, and `sample` is a window's number in the data."""
+    """The training takes as many windows as asked; `sample` is a window's number in the data."""
     asked = ASKED | {"forget": TEXTS, "n_rows": 4, "steps": 2, "measure_every": 2}
     windows = tokenize_rows(TEXTS, tokenizer, name="forget", max_length=16)
     assert len(windows) > 8
@@ -170,11 +170,11 @@ def test_rows_of_every_kind_are_relearned(unlearned, tokenizer, kind):
     assert found.sample_value.notnull().all() and found.value.notnull().all()
 
 
-# ---- how it is trained ----
+# ---- the training ----
 
 
 def test_all_rows_may_be_trained_on(unlearned, tokenizer):
-    """By a word, or by their number."""
+    """All rows are asked for by a word, or by their number."""
     asked = ASKED | {"n_rows": "all", "steps": 2, "batch_size": 2, "seed": 4}
     found = gf.relearn(unlearned, tokenizer, **asked)
     assert found["set"].values.tolist() == ["relearned"]
@@ -201,7 +201,7 @@ def test_all_rows_may_be_trained_on(unlearned, tokenizer):
 def test_schedule_decay_and_clipping_are_those_of_the_formulas(
     retrained, tokenizer, asked, rate_at
 ):
-    """Five steps of SGD by hand."""
+    """The reference takes five steps of SGD by hand."""
     given = ASKED | {"optimizer": "sgd", "learning_rate": 0.5, "measure_every": 5} | asked
     found = gf.relearn(retrained, tokenizer, **given, metrics="nll")
     model = copy.deepcopy(retrained)
@@ -209,7 +209,7 @@ def test_schedule_decay_and_clipping_are_those_of_the_formulas(
     rows = tokenize_rows([FORGET[i] for i in chosen], tokenizer, name="rows").samples
     total = sum(s.answer.n_targets for s in rows)
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]  # of norms, which do not decay
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # for norms, which do not decay
     groups = [
         {"params": matrices, "weight_decay": asked.get("weight_decay", 0.0)},
         {"params": vectors},
@@ -251,7 +251,7 @@ def test_presets_are_the_published_settings_which_others_override(name):
     other = Relearning(preset=name, learning_rate=3e-4, max_grad_norm=None)
     assert other.learning_rate == 3e-4 and other.max_grad_norm is None
     assert other.steps == found.steps
-    # What run.yaml holds is all of them, and means the same.
+    # run.yaml holds all options, with the same meaning.
     assert Relearning(**found.model_dump()) == found
     assert {*PUBLISHED} == {*PRESETS} == {*get_args(Preset)}
 
@@ -263,7 +263,7 @@ def test_without_a_preset_nothing_is_scheduled_or_clipped():
     assert (found.weight_decay, found.seed, found.max_length) == (0.0, 0, None)
 
 
-# ---- what is measured ----
+# ---- the measurements ----
 
 
 def left_out(suite, tokenizer, model, **more):
@@ -294,7 +294,7 @@ def test_a_suite_is_measured_without_what_needs_other_data(unlearned, retrained,
     found, said = left_out("tofu", tokenizer, unlearned, retrained=retrained)
     assert "forget_quality" not in said
     quality = found.value.sel(metric="forget_quality", step=0, set="others")
-    assert float(quality.sel(model="retrained")) == 1.0  # the same as itself
+    assert float(quality.sel(model="retrained")) == 1.0  # equal to itself
 
 
 def test_the_note_says_what_is_shown_alone(result, unlearned, tokenizer):

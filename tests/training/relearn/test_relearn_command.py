@@ -1,4 +1,4 @@
-"""`geffect-fast relearn`, from folders to a run that replays, and what it refuses."""
+"""`geffect-fast relearn`, from folders to a run that replays, and its refusals."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_preset_of_the_command_is_recorded_whole(here, capsys):
     assert main(["relearn", "--config", "run/run.yaml", "--out", "again", "--quiet"]) == 0
     again = gf.open_evaluation("again")
     xr.testing.assert_identical(again, found.assign_attrs(created=again.attrs["created"]))
-    # Another preset takes the place of the file's settings, but not of options beside it.
+    # Another preset replaces the file's settings, but not options beside it.
     command = ["relearn", "--config", "run/run.yaml", "--preset", "sam-muse-books", "--quiet"]
     command += ["--steps", "2", "--measure-every", "1", "--out", "other"]
     assert main(command) == 0
