@@ -74,5 +74,5 @@ def test_the_page_names_every_need(name):
 
 @pytest.mark.parametrize("name", available())
 def test_the_guide_names_every_metric(name):
-    guide = (PAGE.parent / "concepts.md").read_text(encoding="utf-8")
+    guide = (PAGE.parent / "guide/evaluate.md").read_text(encoding="utf-8")
     assert f"`{name}`" in guide
