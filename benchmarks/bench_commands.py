@@ -44,8 +44,8 @@ seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_
 print(json.dumps([seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
 sys.exit(done.returncode)
 """
-"""Runs a command and says what it took. It is small itself, as a process inherits the peak of the
-one that starts it."""
+"""Runs a command and prints the time and memory that it took. This process is small itself, as a
+process inherits the peak of the one that starts it."""
 
 
 def make_run(folder: Path, n: int) -> Path:

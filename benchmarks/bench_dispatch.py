@@ -35,7 +35,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import Collect, DataPass, passes_for
 from geffect_fast.engines.directions import accumulate_gradients
-from geffect_fast.engines.forward import forward_effects, moves_for
+from geffect_fast.engines.forward import forward_effects, parameter_passes_for
 from geffect_fast.engines.model_outputs import packed_attention
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
@@ -131,8 +131,8 @@ def measure(attention: str) -> list[dict[str, Any]]:
         if engine == "reverse":
             reverse_effects(*given, norms=False, tick=ignore)
         else:
-            moved = moves_for(plan, [0] * len(plan.parameters), len(risks))
-            forward_effects(*given, moves=moved, per_token=True, tick=ignore)
+            moving = parameter_passes_for(plan, [0] * len(plan.parameters), len(risks))
+            forward_effects(*given, parameter_passes=moving, per_token=True, tick=ignore)
 
     table = [("", "training step", *counted(step))]
     for engine, resolve in RESOLVE.items():

@@ -52,7 +52,7 @@ MIB = 2**20
 N_ROWS = 16
 LENGTH = 48
 TOKENS = 128
-"""A batch's."""
+"""Tokens of a batch."""
 
 
 class Sent(TorchDispatchMode):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet, make_batches, tokenize_rows
 from geffect_fast.engines.batches import DataPass, passes_for
-from geffect_fast.engines.forward import forward_effects, moves_for
+from geffect_fast.engines.forward import forward_effects, parameter_passes_for
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.objectives import parse_list
@@ -79,7 +79,8 @@ def effects(
     columns = [0] * len(plan.parameters)
     shared = (plan, passes, directions, n, Reference(), array.add)
     if engine == "forward":
-        forward_effects(*shared, moves=moves_for(plan, columns, 2), tick=lambda n: None)
+        moving = parameter_passes_for(plan, columns, 2)
+        forward_effects(*shared, parameter_passes=moving, tick=lambda n: None)
     else:
         reverse_effects(*shared, columns=columns, norms=False, tick=lambda n: None)
 

@@ -191,10 +191,11 @@ def why_nothing_to_measure(device: torch.device) -> str | None:
 def arguments() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the most telling cases alone")
+    parser.add_argument("--quick", action="store_true", help="only the most telling cases")
     parser.add_argument("--only", default="", help="cases whose op and shape contain this text")
     parser.add_argument("--out", type=Path, help="folder of the CSV and the plot")
-    parser.add_argument("--budget", type=float, default=270, help="seconds; no new case after them")
+    budget = "seconds after which no new case begins"
+    parser.add_argument("--budget", type=float, default=270, help=budget)
     parser.add_argument("--shrink", type=int, help="divide all sizes by this; 32 on the CPU")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script out")
     return parser.parse_args()
@@ -241,7 +242,7 @@ def main() -> int:
             line = gpu_report.case_line(key, found)
             print(f"{number}/{len(cases)} {budget.spent:.0f} s {case.op:18s} {line}", flush=True)
     print(gpu_report.report(runner.rows, runner.problems))
-    print(f"\n{budget.spent:.0f} s; left out for want of time: {len(runner.left_out)}")
+    print(f"\n{budget.spent:.0f} s; left out for lack of time: {len(runner.left_out)}")
     for what in runner.left_out[:MOST_LEFT_OUT]:
         print(f"  {what}")
     if file and runner.rows:

@@ -60,13 +60,13 @@ COMPARED = ("ga", "wga(alpha=1)")
 """Objectives whose effects on the first risk are compared between jobs, by sample."""
 
 BATCHES = (64, 256)
-"""Samples of a training step's batches; the fastest counts."""
+"""Numbers of samples in the batches of a training step. The fastest counts."""
 
 PER_SAMPLE = (32, 64)
 """Samples and tokens of the per-sample functions."""
 
 PAIRED = 8
-"""Samples for all pairs: the other ways keep every gradient."""
+"""Number of samples for all pairs. It is small because the other ways keep every gradient."""
 
 
 class Bench:

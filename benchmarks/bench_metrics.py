@@ -35,7 +35,7 @@ from geffect_fast.metrics.gradient_norms import gradient_norms, mean_losses
 from geffect_fast.metrics.scored import batches_of, forward_layout, score
 
 ROWS, LENGTHS = 32, (20, 120)
-"""Of TOFU's kind: answers of a sentence or two."""
+"""Number of rows, and the range of their lengths: like TOFU's answers of a sentence or two."""
 STEP, BY_ROW, FORWARD = "training step", "one backward a row", "one forward"
 WHOLE, BY_PARAMETER = "gradient norms, whole", "gradient norms, by parameter"
 

@@ -44,10 +44,11 @@ SHAPES = [(32, 32), (8, 128), (4, 512)]
 QUICK_SHAPES = [(5, 12), (2, 80)]
 TOLERANCE = 1e-3
 SLOW = 1.5
-"""What takes more than `SLOW` x the time of its quantity's fastest is timed in `TRIES` rounds."""
+"""A contestant that takes more than `SLOW` x the time of its quantity's fastest is timed in `TRIES`
+rounds."""
 
 TRIES = 2
-"""One could be slow by chance."""
+"""Rounds of a slow contestant, as one could be slow by chance."""
 
 OURS, STEP = "geffect_fast", "training step"
 Contestants = dict[tuple[str, str], Callable[[], Any]]

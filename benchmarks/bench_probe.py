@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama import make_model
+from llama import make_model, random_rows
 from machine import RESULTS, write_csv
 
 from geffect_fast.measure.sources import Sources
@@ -41,23 +41,17 @@ RUNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def rows(length: int, seed: int) -> list[dict[str, list[int]]]:
-    """`ROWS` sequences of random tokens, all of them labelled."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(3, 8192, (ROWS, length), generator=generator).tolist()
-    return [{"input_ids": ids, "labels": ids} for ids in drawn]
-
-
 def measure(
     quick: bool, objective: str, others: tuple[str, ...], length: int, rounds: int, folder: Path
 ) -> dict[str, Any]:
     """One row: the time of a step and of a probe."""
+    data = {"forget": random_rows(ROWS, length, 0), "retain": random_rows(ROWS, length, 1)}
     run = Unlearning(
         make_model(quick),
         None,
         Training(steps=rounds + 1, batch_size=UPDATE),
         objectives=[objective, *others],
-        sources=Sources({"forget": rows(length, 0), "retain": rows(length, 1)}),
+        sources=Sources(data),
         settings=Measuring(resolve=("parameter", "sample"), norms=None, engine="auto"),
         reference_model=make_model(quick),
         live=LiveMetrics(),
@@ -79,7 +73,7 @@ def measure(
         optimizer.step()
         optimizer.zero_grad()
         between = time.perf_counter()
-        probe.at(step + 1, learning_rates=[run.training.learning_rate], optimizer=optimizer)
+        probe.measure_at(step + 1, learning_rates=[run.training.learning_rate], optimizer=optimizer)
         end = time.perf_counter()
         if step:  # the first warms up
             seconds["step"] = min(seconds["step"], between - start)

@@ -171,7 +171,7 @@ RESOLUTIONS = {
     "by sample": ("reverse", ("sample",)),
     "by sample, token": ("forward", ("sample", "token")),
 }
-"""What is measured, and how: the engine and the axes."""
+"""The engine and the axes of each measurement."""
 
 
 def published_seconds(

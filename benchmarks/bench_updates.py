@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama import make_model
+from llama import make_model, random_rows
 from machine import RESULTS, interleaved_minima, peak_extra_bytes, write_csv
 from torch import nn
 
@@ -44,7 +44,7 @@ from geffect_fast.updates import parse as parse_update
 
 FORGET = 8
 LENGTH = {"times": 48, "memory": 24}
-"""Tokens a row: about those of TOFU, and fewer where there are many rows."""
+"""Tokens of a row: about as many as in TOFU, and fewer where there are many rows."""
 RULES = {
     "sgd": 2.0,
     "orthograd": 2.5,
@@ -57,7 +57,7 @@ RULES = {
     "sam(penalty=0.1)": 3.0,
     "sam(curvature=0.1)": 5.0,
 }
-"""Rules with the forward-backwards that they need at least, over forget and over retain rows."""
+"""Rules with the fewest forward-backwards that they need, over forget and over retain rows."""
 RETAIN = 8
 ROOMS = ("orthograd", "orthograd(room=8)")
 MEMORY = {
@@ -66,16 +66,9 @@ MEMORY = {
     ("27M", 256): ROOMS[:1],
     ("135M", 64): ROOMS[:1],
 }
-"""What OrthoGrad's memory is measured for: models and retain rows, with the rule at which room."""
+"""Cases in which OrthoGrad's memory is measured: model and retain rows, with the rules."""
 QUICK = 64
-"""Up to so many retain rows are quick: alone run with `--quick`, and twice without."""
-
-
-def rows(n: int, length: int, seed: int) -> list[dict[str, list[int]]]:
-    """Sequences of random tokens, all of them labelled."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(3, 8192, (n, length), generator=generator).tolist()
-    return [{"input_ids": ids, "labels": ids} for ids in drawn]
+"""The most retain rows of a quick case, which is run twice. `--quick` runs no others."""
 
 
 class Updates:
@@ -83,8 +76,8 @@ class Updates:
 
     def __init__(self, model: nn.Module, n_retain: int, length: int, folder: str) -> None:
         self.model = model
-        of = {"forget": rows(FORGET, length, 0), "retain": rows(n_retain, length, 1)}
-        sets = {name: tokenize_rows(made, None, name=name) for name, made in of.items()}
+        of = {"forget": (FORGET, length, 0), "retain": (n_retain, length, 1)}
+        sets = {name: tokenize_rows(random_rows(*to), None, name=name) for name, to in of.items()}
         self.rows = {name: range(len(each)) for name, each in sets.items()}
         loss = Loss(parse("ga + nll"), sets, FORGET * length, "packed", "token")
         draws = Draws({name: (len(each), len(each)) for name, each in sets.items()}, 9, seed=0)
@@ -99,7 +92,7 @@ class Updates:
 
     def losses(self, told_apart: bool = False) -> RuleLosses:
         loss = self.trainer.loss
-        return RuleLosses(self.trainer, self.model, self.rows, loss, (), told_apart=told_apart)
+        return RuleLosses(self.trainer, self.model, self.rows, loss, None, told_apart=told_apart)
 
     def by_rule(self, updater: Updater) -> None:
         """One update."""

@@ -39,7 +39,7 @@ def report(rows: Sequence[Row], left_out: Sequence[str]) -> str:
         lines += ["", section, *(row_line(row) for row in rows if row["section"] == section)]
     lines += [
         "",
-        f"left out for want of time: {len(left_out)}",
+        f"left out for lack of time: {len(left_out)}",
         *(f"  {name}" for name in left_out),
     ]
     return "\n".join(lines)

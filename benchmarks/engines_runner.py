@@ -16,7 +16,7 @@ START = time.monotonic()
 Row = dict[str, Any]
 
 TOLERANCE = 0.05
-"""How far two ways may differ in bf16; more is a fault."""
+"""The largest difference of two ways in bf16. A larger one is a fault."""
 
 
 class Runner:

@@ -15,7 +15,7 @@ import torch
 from machine import peak_extra_bytes
 
 MOST_RUNS, LONG_ENOUGH = 3, 6.0
-"""Runs after the first, and the seconds of all runs after which none is begun."""
+"""The most runs after the first, and the total seconds after which no new run begins."""
 
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 """Runtime calls that return only when the device has caught up; `cudaMemcpyAsync` does not."""

@@ -1,4 +1,4 @@
-"""The model that benchmarks run."""
+"""The model and the rows that benchmarks run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIZES = {
     "27M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6},
     "135M": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 2},
 }
-"""By number of parameters; the last has the widths of a model of 1B."""
+"""Settings by the number of parameters. The last has the widths of a model of 1B."""
 
 
 def make_model(quick: bool, size: str = "27M") -> nn.Module:
@@ -26,3 +26,10 @@ def make_model(quick: bool, size: str = "27M") -> nn.Module:
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).eval()
+
+
+def random_rows(n: int, length: int, seed: int) -> list[dict[str, list[int]]]:
+    """Sequences of random tokens, all of them labelled."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(3, 8192, (n, length), generator=generator).tolist()
+    return [{"input_ids": ids, "labels": ids} for ids in drawn]

@@ -21,7 +21,7 @@ Direction = Mapping[str, Tensor]
 Peer = Callable[[], Tensor]
 
 VMAP_CHUNK = 4
-"""Samples at once for `vmap(grad)`, whose gradients are all formed: the fastest of 1, 2, 4, 8."""
+"""Samples at once for `vmap(grad)`, which forms every gradient. The fastest of 1, 2, 4, 8."""
 
 
 def sample_losses(model: nn.Module, ids: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 GPU_CODE = ("csrc", "geffect_fast/ops", "geffect_fast/capture", "geffect_fast/engines")
 STEP = "training step"
 SPEED_ON_GPU = (("reverse", "1 objective"), ("forward", "21 objectives"))
-"""Engines and objectives of README's rows."""
+"""Engines and objectives of the rows of README's table."""
 SECONDS = ("compute_s", "communication_s", "seconds")
 OF_BEST = "geffect_fast over the best other"
 BEGIN, END = "<!-- {}: benchmarks/readme_table.py -->", "<!-- end of {} -->"

@@ -17,17 +17,17 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ROWS, TOKENS_A_ROW = 400, 64
-"""Of forget and of retain data each."""
+"""Rows, and tokens of each row, of the forget and of the retain data each."""
 N_RISKS = 2
 BATCH = 8192
-"""Tokens a rank takes at once."""
+"""Tokens that a rank takes at once."""
 GIB = 2**30
 
 NVLINK, INFINIBAND = 450e9, 50e9
-"""Bytes that a GPU sends in a second: to those of its machine, and to others."""
+"""Bytes that a GPU sends in a second: to GPUs of its machine, and to other machines."""
 PER_MACHINE = 8
 STEPS_PARAMETERS = 1.236e9
-"""Of Llama-3.2-1B's shape, whose step was measured."""
+"""Number of parameters of the model whose training step was measured (Llama-3.2-1B's shape)."""
 MEMORY = 80e9
 
 

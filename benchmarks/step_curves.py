@@ -106,7 +106,7 @@ def unlearn(model: Path, data: tuple[Path, Path], work: Path, steps: int, rate: 
 
 
 PREDICTIONS = ("sgd", "step", "update")
-"""Of a change: by `-lr e`, by `-lr e_P`, and by the update itself."""
+"""Predictions of a change: by `-lr e`, by `-lr e_P`, and by the update itself."""
 
 
 def signs(compared: Any) -> Iterator[dict[str, Any]]:

@@ -32,13 +32,14 @@ def arguments(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, required=True, help="folder for models and runs")
     parser.add_argument("--steps", type=int, default=10, help="updates of each unlearning")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of AdamW")
-    parser.add_argument("--runs", type=int, help="the first so many; all where not said")
+    parser.add_argument("--runs", type=int, help="number of runs, from the first on; default: all")
     parser.add_argument("--forget", type=int, default=60, help="rows to forget")
     parser.add_argument("--retain", type=int, default=140, help="rows to keep")
     parser.add_argument("--probed", type=int, default=30, help="rows of either set for effects")
     parser.add_argument("--holdout", type=int, default=40, help="rows of the hold-out")
     parser.add_argument("--hidden", type=int, default=128, help="width of the Llama")
-    parser.add_argument("--known", type=float, default=0.95, help="part to be known by heart")
+    known = "share of the answers that the model learns word for word"
+    parser.add_argument("--known", type=float, default=0.95, help=known)
     parser.add_argument("--csv", help="name of the tables in benchmarks/results")
     return parser
 

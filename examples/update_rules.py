@@ -26,7 +26,7 @@ import geffect_fast as gf
 OBJECTIVES = ("ga + nll", "npo(beta=0.1) + nll")
 RULES = ("sgd", "orthograd", "gru", "gu", "blur", "pcgrad", "sago", "sam")
 METRIC = "probability"
-"""What is kept of the retain rows, and measured on the forget rows where it is."""
+"""The metric that is kept equal on the retain rows and compared on the forget rows."""
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ _RESULTS = {
     *("against_effects", "compare", "control", "evaluate", "open_evaluation", "open_run"),
     *("profile", "profile_checkpoints", "relearn", "sweep", "unlearn"),
 }
-"""What gives results, which have `.gf` then."""
+"""Functions that return results, whose accessor `.gf` has to be loaded."""
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ An error says in one line what is wrong, with the nearest known name.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import textwrap
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from geffect_fast.errors import InputError
+from geffect_fast.registry import nearest
 from geffect_fast.settings import ProfileConfig, Settings
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -103,16 +103,14 @@ def _one_line(
     """The first problem of a validation error: place, field, problem, remedy."""
     problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     if not problem["loc"]:  # a problem of several fields; the message begins with the one to change
-        field, _, said = str(problem["ctx"]["error"]).partition(": ")
+        field, colon, said = str(problem["ctx"]["error"]).partition(": ")
         place = f"{where}: " if where and field not in options else ""
-        return f"{place}{options.get(field, field)}: {said}"
+        return f"{place}{options.get(field, field)}{colon}{said}"
     first, *inner = map(str, problem["loc"])
     place = f"{where}: " if where and first not in options else ""
     field = ".".join([options.get(first, first), *inner])
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(field, fields, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
-        return f"{place}unknown field {_short(field)}; {advice}"
+        return f"{place}unknown field {_short(field)}; {nearest(field, fields)}"
     if problem["type"] == "missing":
         return f"{place}field {field!r} is missing; give it"
     if problem["type"] == "value_error":
@@ -120,8 +118,7 @@ def _one_line(
     given = problem["input"]
     if problem["type"] == "literal_error" and isinstance(given, str):
         allowed = re.findall(r"'([^']+)'", str(problem["ctx"]["expected"]))
-        close = difflib.get_close_matches(given, allowed, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(allowed)}"
+        advice = nearest(given, allowed, f"choose from {', '.join(allowed)}")
         return f"{place}{field}: unknown {_short(given)}; {advice}"
     return f"{place}{field}: {problem['msg'].replace('Input s', 's')}, got {_short(given)}"
 

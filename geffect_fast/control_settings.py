@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from geffect_fast.evaluation_settings import Compared, Evaluating
+from geffect_fast.evaluation_settings import Evaluating, EvaluationInputs
 from geffect_fast.paths import short_names
-from geffect_fast.setting_types import Option, PathOrId
+from geffect_fast.registry import each_once
+from geffect_fast.setting_types import Option, PathOrId, one_or_several
 from geffect_fast.settings import Machine, Sharding, as_text
 
 
@@ -18,26 +19,26 @@ class Controlling(Evaluating):
     panel = "Control"
 
     metric: str = "extraction_strength"
-    """The metric of the retain data that is to be kept, between 0 and 1 with 1 for all;
-    model_utility is that of the retain data and its probes together."""
+    """Metric of the retain data to keep, from 0 to 1 (all kept); model_utility also reads the
+    retain data's probes."""
 
     tau: float = Field(default=0.95, gt=0, le=1)
-    """The part of the original's retention that is kept at least."""
+    """Least part of the original's retention to keep."""
 
     tolerance: float = Field(default=0.01, gt=0, lt=1, allow_inf_nan=False)
-    """How close to the largest share that keeps it the share is that is found."""
+    """Largest distance of the share found from the largest share that keeps the retention."""
 
     grid: int = Field(default=10, gt=0)
-    """Equal steps from the original to the unlearned model at which retention is measured first."""
+    """Number of equal steps from the original to the unlearned model for the first measurements."""
 
 
-class ControlConfig(Sharding, Machine, Controlling, Compared):
+class ControlConfig(Sharding, Machine, Controlling, EvaluationInputs):
     """The settings that determine the numbers of a control; `run.yaml` keeps them for a replay."""
 
     panel = "Models and data"
 
     command: Literal["control"] = "control"
-    """The command that replays it."""
+    """The command that replays the run."""
 
     original: PathOrId
     """Folder or hub id of the model before unlearning."""
@@ -51,27 +52,22 @@ class ControlConfig(Sharding, Machine, Controlling, Compared):
             repeatable=True,
         ),
     ] = Field(min_length=1)
-    """Folders or hub ids of unlearned models, or of their adapters, each controlled in turn."""
+    """Folders or hub ids of unlearned models or of their adapters; each is controlled in turn."""
 
     forget: Annotated[PathOrId | None, Option(("--forget", "-f"))] = None
-    """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`;
-    measured where each unlearned model keeps the same of the retain data."""
+    """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`; it is
+    measured at the share where each unlearned model keeps the same of the retain data."""
 
     retain: Annotated[PathOrId, Option(("--retain", "-r"))]
-    """Data to keep, in the same format: retention is measured there."""
+    """Data to keep, in the same format, on which retention is measured."""
 
     _written = field_validator("metrics")(as_text)
 
-    @field_validator("unlearned", mode="before")
-    @classmethod
-    def _several_models(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    _several = field_validator("unlearned", mode="before")(one_or_several)
 
     @model_validator(mode="after")
     def _once(self) -> ControlConfig:
-        for i, model in enumerate(self.unlearned):
-            if model in self.unlearned[:i]:
-                raise ValueError(f"unlearned: {model} is listed twice; leave one out")
+        each_once("unlearned", self.unlearned)
         return self
 
     def methods(self) -> dict[str, str]:
@@ -85,6 +81,6 @@ class ControlConfig(Sharding, Machine, Controlling, Compared):
             **{f"--unlearned {model}": model for model in self.unlearned},
             "--forget": self.forget,
             "--retain": self.retain,
-            **self.compared_inputs(),
+            **self.evaluation_inputs(),
         }
         return {option: source for option, source in named.items() if source is not None}

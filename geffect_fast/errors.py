@@ -12,15 +12,21 @@ from geffect_fast.visible import one_line
 class GEffectError(Exception):
     """Base of every error raised on purpose; `exit_code` is what the command line returns.
 
+    Args:
+        problem: the message, or its part before the remedy.
+        remedy: the end of the message, given apart where a caller may replace it.
+
     Attributes:
+        problem: the message without a remedy that was given apart.
         told: whether another rank, which prints, raises the error too; see `geffect_fast.ranks`.
     """
 
     exit_code = 1
     told = False
 
-    def __init__(self, *said: object) -> None:
-        super().__init__(*(one_line(each) if isinstance(each, str) else each for each in said))
+    def __init__(self, problem: str = "", *, remedy: str = "") -> None:
+        self.problem = one_line(problem)
+        super().__init__(one_line(f"{problem}; {remedy}" if remedy else problem))
 
 
 class InputError(GEffectError, ValueError):
@@ -36,9 +42,18 @@ class UnsupportedModelError(GEffectError):
 
 
 class NonFiniteError(GEffectError, ArithmeticError):
-    """A weight, loss or gradient is NaN or infinite; the message names the first place."""
+    """A weight, loss or gradient is NaN or infinite; the message names the first place.
+
+    Args:
+        problem, remedy: as for every error.
+        step: the step of a training at which this is so, with which the message then begins.
+    """
 
     exit_code = 2
+
+    def __init__(self, problem: str = "", *, remedy: str = "", step: int | None = None) -> None:
+        super().__init__(problem if step is None else f"step {step}: {problem}", remedy=remedy)
+        self.problem, self.step = one_line(problem), step
 
 
 class OutOfMemoryError(GEffectError, MemoryError):

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from geffect_fast.paths import is_there, user_path
-from geffect_fast.setting_types import Name, Option, PathOrId, canonical_list, read_by, texts_of
+from geffect_fast.registry import each_once
+from geffect_fast.setting_types import (
+    Name,
+    Option,
+    PathOrId,
+    canonical_list,
+    one_or_several,
+    read_by,
+    texts_of,
+)
 from geffect_fast.settings import Machine, Metrics, Reading, Settings, Sharding, as_text
 
 
@@ -30,23 +39,21 @@ class HarnessTasks(Settings):
             repeatable=True,
         ),
     ] = ()
-    """Tasks, groups or tags of lm-evaluation-harness (extra lm-eval) by name, such as arc_easy or
-    mmlu: its own scores on its own data stand beside the measures, in the set lm_eval."""
+    """Names of tasks, groups or tags of lm-evaluation-harness (extra lm-eval), such as arc_easy or
+    mmlu; the harness's scores on its own data stand beside the measures, in the set lm_eval."""
 
     lm_eval_limit: int | None = Field(default=None, gt=0)
-    """Rows of each task that are run, the first of them; none: all."""
+    """Number of rows of each task that are run, from the first on; none: all."""
 
     lm_eval_include: PathOrId | None = None
-    """A folder of one's own task files (YAML) for lm_eval_tasks."""
+    """A folder of your own task files (YAML) for lm_eval_tasks."""
 
     lm_eval_batch_size: int = Field(default=8, gt=0)
-    """Rows a batch of lm_eval_tasks."""
+    """Rows of a batch of lm_eval_tasks."""
 
     @model_validator(mode="after")
     def _of_tasks(self) -> HarnessTasks:
-        for i, task in enumerate(self.lm_eval_tasks):
-            if task in self.lm_eval_tasks[:i]:
-                raise ValueError(f"lm_eval_tasks: {task} is listed twice; leave one out")
+        each_once("lm_eval_tasks", self.lm_eval_tasks)
         for field in ("lm_eval_limit", "lm_eval_include"):
             if getattr(self, field) is not None and not self.lm_eval_tasks:
                 raise ValueError(f"{field}: goes with lm_eval_tasks (--lm-eval-tasks NAMES)")
@@ -64,36 +71,36 @@ class MetricsAndTasks(Evaluating, HarnessTasks):
     """Settings of metrics and of tasks."""
 
 
-class Compared(Settings):
+class EvaluationInputs(Settings):
     """Data and models that metrics read beside forget and retain data, by path or hub id."""
 
     panel = "Models and data"
 
     holdout: PathOrId | None = None
-    """Data that no model was trained on, like the forget data: what membership is told from."""
+    """Data that no model was trained on, like the forget data, for membership to compare with."""
 
     probes: Annotated[
         dict[Name, PathOrId],
         Option(("--probe",), "NAME=DATA", "A further data set under a name; repeatable."),
     ] = Field(default={})
-    """Further data sets by name; model_utility reads real_authors and world_facts, and
-    knowledge_memorisation the answered questions forget_icl, retain_icl ... before each of these
-    sets."""
+    """Further data sets by name. model_utility reads real_authors and world_facts;
+    knowledge_memorisation puts the answered questions of NAME_icl, such as forget_icl, before each
+    question of the set NAME."""
 
     reference: PathOrId | None = None
-    """Folder or hub id of a reference model: that of the metric `reference`."""
+    """Folder or hub id of the reference model of the metric `reference`."""
 
     retain_model: PathOrId | None = None
     """Folder or hub id of a model trained without the forget data, or TOFU's saved evaluation log
-    of one (a .json file): what forget_quality and privleak compare with."""
+    of one (a .json file); forget_quality and privleak compare with it."""
 
     tokenizer: PathOrId | None = None
     """Folder or hub id of the tokenizer, where it is not the first model's own."""
 
     rows: dict[str, str] = Field(default={})
-    """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
+    """Digests of the tokenised rows by data set; recorded, so that a replay notices other rows."""
 
-    def compared_inputs(self) -> dict[str, str | None]:
+    def evaluation_inputs(self) -> dict[str, str | None]:
         """Paths and hub ids of these settings that are read, by the option that names each."""
         return {
             "--tokenizer": self.tokenizer,
@@ -115,9 +122,9 @@ class Assessing(Settings):
     panel = "Survey"
 
     original: PathOrId | None = None
-    """Folder or hub id of the model before unlearning, for suite survey: e_u and e_r are of it, and
-    what unlearning touched is told from it; none: that of the runs of unlearn that made the
-    models."""
+    """Folder or hub id of the model before unlearning, for suite survey: e_u and e_r are measured
+    at this model, and the part that unlearning changed is counted against it; none: the model that
+    the runs of unlearn began from."""
 
     objectives: Annotated[
         tuple[str, ...],
@@ -125,13 +132,13 @@ class Assessing(Settings):
         Option(
             ("--objectives", "--objective"),
             "OBJECTIVE...",
-            "Objectives whose e_u and e_r at the original model suite survey shows, beside "
-            "those that runs of unlearn trained the models on; repeatable.",
+            "Objectives whose e_u and e_r at the original model are shown in suite survey, in "
+            "addition to those that runs of unlearn trained the models on; repeatable.",
             repeatable=True,
         ),
     ] = ()
-    """Unlearning objectives, for suite survey: their e_u and e_r at the original model stand beside
-    the measures; those that runs of unlearn trained the models on are among them by themselves."""
+    """Unlearning objectives, for suite survey, whose e_u and e_r at the original model stand beside
+    the measures. The objectives that runs of unlearn trained the models on need not be given."""
 
     refusals: PathOrId | None = None
     """Refusals for po, dpo and altpo among the objectives of suite survey, one a line."""
@@ -144,21 +151,21 @@ class Assessing(Settings):
             "repeatable.",
         ),
     ] = Field(default={})
-    """Settings of the relearning in suite survey, by the names that `relearn` has for them, such as
-    steps: 20."""
+    """Settings of the relearning in suite survey, by their names in `relearn`, such as steps:
+    20."""
 
     def assessed_inputs(self) -> dict[str, str | None]:
         """Paths and hub ids of these settings that are read, by the option that names each."""
         return {"--original": self.original, "--refusals": self.refusals}
 
 
-class EvaluateConfig(Sharding, Machine, MetricsAndTasks, Compared, Assessing):
+class EvaluateConfig(Sharding, Machine, MetricsAndTasks, EvaluationInputs, Assessing):
     """The settings that determine an evaluation's numbers; `run.yaml` keeps them for a replay."""
 
     panel = "Models and data"
 
     command: Literal["evaluate"] = "evaluate"
-    """The command that replays it."""
+    """The command that replays the run."""
 
     models: Annotated[
         tuple[PathOrId, ...],
@@ -172,21 +179,21 @@ class EvaluateConfig(Sharding, Machine, MetricsAndTasks, Compared, Assessing):
     """Folders or hub ids of transformers causal language models, each evaluated in turn."""
 
     run: PathOrId | None = None
-    """A folder of `unlearn`, or of a Trainer, whose checkpoints are evaluated in turn, by step, in
-    place of models; of `unlearn` also the model before training and the one at its end."""
+    """A folder of `unlearn` or of a Trainer, in place of models: its checkpoints are evaluated in
+    turn, by step; of `unlearn` also the model before training and the one at its end."""
 
     against_effects: Annotated[
         tuple[PathOrId, ...],
         Option(
             ("--against-effects",),
             "RUN",
-            help="A run of unlearn, or a folder of such; several may follow. Their models are "
+            help="A run of unlearn, or a folder of runs; several may follow. Their models are "
             "evaluated beside the original, and every change is set beside the effects at it.",
             repeatable=True,
         ),
     ] = ()
-    """Folders of `unlearn` from one model, in place of models: what changed is set beside the
-    effects at that model, by rank correlation."""
+    """Folders of `unlearn` from one model, in place of models: the changes of the measures are
+    compared with the effects at that model, by rank correlation."""
 
     forget: Annotated[PathOrId, Option(("--forget", "-f"))]
     """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
@@ -196,17 +203,12 @@ class EvaluateConfig(Sharding, Machine, MetricsAndTasks, Compared, Assessing):
 
     _written = field_validator("metrics")(as_text)
 
-    @field_validator("models", "against_effects", mode="before")
-    @classmethod
-    def _several_models(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    _several = field_validator("models", "against_effects", mode="before")(one_or_several)
 
     @model_validator(mode="after")
     def _something(self) -> EvaluateConfig:
-        given = bool(self.models) + (self.run is not None) + bool(self.against_effects)
-        if given != 1:
-            which = "both are given; leave one out" if given else "give --models or --run"
-            raise ValueError(f"models: models or a run's checkpoints are evaluated: {which}")
+        if bool(self.models) + (self.run is not None) + bool(self.against_effects) != 1:
+            raise ValueError("models: give exactly one of --models, --run and --against-effects")
         if len(self.against_effects) == 1:
             raise ValueError(
                 f"against_effects: got one run, {self.against_effects[0]}; give two or more"
@@ -214,9 +216,7 @@ class EvaluateConfig(Sharding, Machine, MetricsAndTasks, Compared, Assessing):
         for field in Assessing.model_fields:
             if getattr(self, field) and self.suite != "survey":
                 raise ValueError(f"{field}: goes with suite survey (--suite survey); leave it out")
-        for i, model in enumerate(self.models):
-            if model in self.models[:i]:
-                raise ValueError(f"models: {model} is listed twice; leave one out")
+        each_once("models", self.models)
         return self
 
     def inputs(self) -> dict[str, str]:
@@ -231,7 +231,7 @@ class EvaluateConfig(Sharding, Machine, MetricsAndTasks, Compared, Assessing):
             },
             "--forget": self.forget,
             "--retain": self.retain,
-            **self.compared_inputs(),
+            **self.evaluation_inputs(),
             **self.assessed_inputs(),
             **self.task_files(),
         }

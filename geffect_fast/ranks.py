@@ -36,11 +36,11 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=5)
-"""How long ranks wait for each other at the start of a call. Within it they wait as long as the
-group does: what a rank was dealt may take its time."""
+"""Longest wait of ranks for each other at the start of a call. Inside a call they wait as long as
+the group does, because the work of a rank may take long."""
 
 GRACE = 5.0
-"""Seconds after which ranks that have not failed are taken not to fail alike."""
+"""Seconds that a failed rank waits for the others to fail too, before it ends the group."""
 
 BUCKET = 2**25
 """Bytes of small tensors that are added up in one message."""
@@ -420,8 +420,8 @@ def _noticing() -> Iterator[None]:
     except RuntimeError as error:
         raise _everywhere(
             GEffectError(
-                "a rank of the process group has ended, and without it nothing goes on; what it "
-                "printed last says why"
+                "a rank of the process group has ended, so the others cannot go on; its last "
+                "output says why"
             )
         ) from error
 
@@ -430,7 +430,7 @@ ALONE = Ranks()
 """A process that measures by itself."""
 
 _known: list[Ranks] = []
-"""Of the last process group that was seen."""
+"""The `Ranks` of the last process group that was seen, if any."""
 
 
 def here() -> Ranks:

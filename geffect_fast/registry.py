@@ -1,16 +1,17 @@
-"""Classes by the names under which users ask for them: objectives, update rules, metrics."""
+"""Classes by the names under which users ask for them, and advice on names and on lists."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from geffect_fast.errors import InputError
 
 T = TypeVar("T")
 C = TypeVar("C")
+Item = TypeVar("Item")
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*")
 _SHOWN = 40
@@ -92,12 +93,23 @@ class Registry(Generic[T]):
         return found
 
 
-def nearest(name: str, candidates: tuple[str, ...]) -> str:
-    """Advice for a misspelt `name`: the closest candidate, or all of them."""
+def nearest(name: str, candidates: Sequence[str], otherwise: str | None = None) -> str:
+    """Advice for a misspelt `name`: the closest candidate, else `otherwise` or all of them."""
     close = difflib.get_close_matches(name, candidates, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
+    if otherwise is not None:
+        return otherwise
     return f"known: {', '.join(candidates)}" if candidates else "there are none"
+
+
+def each_once(field: str, values: Iterable[Item]) -> tuple[Item, ...]:
+    """The values of a field; raises `InputError` where one of them is listed twice."""
+    listed = tuple(values)
+    for i, value in enumerate(listed):
+        if value in listed[:i]:
+            raise InputError(f"{field}: '{value}' is listed twice; leave one out")
+    return listed
 
 
 def _origin(cls: type) -> tuple[str, str]:

@@ -44,14 +44,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "sam-muse-books": {**_MUSE, "steps": 100},
     "sam-muse-news": {**_MUSE, "steps": 150},
 }
-"""Relearning attacks as they were published, by name: those of the paper on sharpness-aware
+"""Settings of published relearning attacks by name: those of the paper on sharpness-aware
 unlearning, arXiv 2502.05374, read from its code (github.com/OPTML-Group/Unlearn-Smooth at fc655ba).
 
     sam-wmdp         20 texts of 512 tokens, 3 epochs in batches of 4, warm-up over a tenth of the
                      updates (WMDP/configs Relearn+Forget.json, WMDP/src/model/relearn.py)
-    sam-muse-books   all forget texts, 100 updates of 4; the paper looks at 50, 75 and 100
+    sam-muse-books   all forget texts, 100 updates of 4; the paper measures at 50, 75 and 100
                      (MUSE/baselines/run_muse_relearn.sh, MUSE/baselines/finetune.py)
-    sam-muse-news    the same in 150 updates; it looks at 100, 125 and 150
+    sam-muse-news    the same in 150 updates; the paper measures at 100, 125 and 150
 
 The survey 2402.08787 asks for relearning and names no settings of it.
 """
@@ -63,15 +63,15 @@ class Relearning(Evaluating):
     panel = "Relearning"
 
     preset: Preset | None = None
-    """A published attack's settings, which any given beside it override: sam-wmdp, sam-muse-books
-    or sam-muse-news (arXiv 2502.05374)."""
+    """Settings of a published attack: sam-wmdp, sam-muse-books or sam-muse-news (arXiv 2502.05374);
+    settings that are given override them."""
 
     n_rows: Annotated[int | Literal["all"], Option(("--rows",), "N|all")] = Field(default=5)
-    """Forget rows that are trained on, drawn by the seed, or all; the others are measured beside.
-    Windows of a long text are rows."""
+    """Number of forget rows that are trained on, drawn by the seed, or all; the others are measured
+    too. Windows of a long text are rows."""
 
     steps: int = Field(default=20, gt=0)
-    """Updates of the optimizer, each on all of these rows, or on batch_size of them."""
+    """Updates of the optimizer, each on all rows that are trained on, or on batch_size of them."""
 
     measure_every: int = Field(default=5, gt=0)
     """Updates between two measurements; the first is before training, the last at its end."""
@@ -82,7 +82,7 @@ class Relearning(Evaluating):
     """Learning rate, at its peak where the schedule changes it."""
 
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on: constant, or down to 0 at the end, linear or cosine."""
+    """Schedule of the learning rate: constant, or falling to 0 at the end, linear or cosine."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the learning rate rises from 0."""
@@ -91,16 +91,16 @@ class Relearning(Evaluating):
     """Weight decay of the optimizer."""
 
     max_grad_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Norm to which larger gradients are scaled down; none: they are not."""
+    """Norm to which larger gradients are scaled down; none: gradients are not scaled."""
 
     batch_size: int | None = Field(default=None, gt=0)
-    """Rows an update; none: all that are trained on."""
+    """Rows of an update; none: all rows that are trained on."""
 
     optimizer: str = "adamw_torch"
     """Optimizer of transformers: adamw_torch, sgd, adafactor ..."""
 
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Decides which rows are trained on, their order, and dropout."""
+    """Seed of the draw of rows that are trained on, of their order, and of dropout."""
 
     _rows = field_validator("n_rows", mode="before")(number_or_all)
 
@@ -133,29 +133,29 @@ class RelearnConfig(Sharding, Machine, Relearning):
     panel = "Models and data"
 
     command: Literal["relearn"] = "relearn"
-    """The command that replays it."""
+    """The command that replays the run."""
 
     model: Annotated[PathOrId, Option(("--model", "-m"))]
     """Folder or hub id of the unlearned model, or of its adapter."""
 
     original: PathOrId | None = None
-    """Folder or hub id of the model before unlearning, trained and measured likewise."""
+    """Folder or hub id of the model before unlearning; it is trained and measured as well."""
 
     retrained: PathOrId | None = None
-    """Folder or hub id of a model trained without the forget data, likewise; as it is given,
-    forget_quality and privleak compare with it."""
+    """Folder or hub id of a model trained without the forget data; it is trained and measured as
+    well. forget_quality and privleak compare with this model as it is before relearning."""
 
     forget: Annotated[PathOrId, Option(("--forget", "-f"))]
     """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
 
     holdout: PathOrId | None = None
-    """Data that no model was trained on, like the forget data: what membership is told from."""
+    """Data that no model was trained on, like the forget data, for membership to compare with."""
 
     tokenizer: PathOrId | None = None
     """Folder or hub id of the tokenizer, where it is not the model's own."""
 
     rows: dict[str, str] = Field(default={})
-    """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
+    """Digests of the tokenised rows by data set; recorded, so that a replay notices other rows."""
 
     _written = field_validator("metrics")(as_text)
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field
 from geffect_fast.data.chat_template import checked_date
 from geffect_fast.errors import InputError
 from geffect_fast.paths import is_there, user_path
+from geffect_fast.registry import each_once
 
 if TYPE_CHECKING:
     from geffect_fast.objectives import Objective
@@ -89,11 +90,20 @@ def canonical_list(objectives: Any) -> tuple[str, ...]:
     from geffect_fast.objectives import parse_list
 
     texts = [objectives] if isinstance(objectives, str) else objectives
-    found = [each for text in texts for each in parse_list(text)]
-    for i, objective in enumerate(found):
-        if objective in found[:i]:
-            raise InputError(f"objective {objective} is listed twice; leave one out")
+    found = each_once("objectives", (each for text in texts for each in parse_list(text)))
     return tuple(map(str, found))
+
+
+def swept_list(objectives: Any) -> tuple[str, ...]:
+    """Strings of a list of objectives with ranges, or of one string with commas, each once."""
+    from geffect_fast.objectives.ranges import expand_list
+
+    return each_once("objectives", (sweep.text for sweep in expand_list(objectives)))
+
+
+def one_or_several(value: Any) -> Any:
+    """One text as a tuple; any other value as it is."""
+    return (value,) if isinstance(value, str) else value
 
 
 def texts_of(given: Any) -> Any:

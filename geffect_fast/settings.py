@@ -29,12 +29,15 @@ from geffect_fast.setting_types import (
     PathOrId,
     axes,
     blocks_by_name,
+    canonical_list,
     canonical_or_none,
     day,
     number_or_all,
+    one_or_several,
     read_by,
     risk_of,
     state_file,
+    swept_list,
 )
 
 if TYPE_CHECKING:
@@ -68,13 +71,13 @@ class Settings(BaseModel):
         return {name: getattr(self, name) for name in kind.model_fields}
 
 
-class Named(Settings):
+class RunInputs(Settings):
     """The inputs of a run, by path or hub id: models, data sets and objectives."""
 
     panel = "Models and data"
 
     command: str
-    """The command that replays it."""
+    """The command that replays the run."""
 
     model: Annotated[PathOrId, Option(("--model", "-m"))]
     """Folder or hub id of a transformers causal language model."""
@@ -84,7 +87,7 @@ class Named(Settings):
     id `name:config:split`."""
 
     retain: Annotated[PathOrId, Option(("--retain", "-r"))]
-    """Data to keep, in the same format: the retain risk and retain regularisers read it."""
+    """Data to keep, in the same format; the retain risk and retain regularisers read it."""
 
     objectives: Annotated[
         tuple[str, ...],
@@ -102,10 +105,10 @@ class Named(Settings):
         dict[Name, PathOrId],
         Option(("--probe",), "NAME=DATA", "A further risk on data of its own; repeatable."),
     ] = {}
-    """Further data sets, each a risk of its own under the name given."""
+    """Further data sets by name; each is a risk of its own."""
 
     refusals: PathOrId | None = None
-    """Refusals for po, dpo and altpo, one a line, where rows have no `alternative` of their own."""
+    """Refusals for po, dpo and altpo, one a line, for rows without a field `alternative`."""
 
     reference: PathOrId | None = None
     """Folder or hub id of the reference model of NPO-like objectives; none: the model itself."""
@@ -114,32 +117,16 @@ class Named(Settings):
     """Folder or hub id of the tokenizer, where it is not the model's own."""
 
     rows: dict[str, str] = {}
-    """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
+    """Digests of the tokenised rows by data set; recorded, so that a replay notices other rows."""
 
     @field_validator("objectives", mode="before")
     @classmethod
     def _canonical_once(cls, value: Any, info: ValidationInfo) -> Any:
         """Canonical strings of a list, or of one string with commas; ranges as written."""
-        from geffect_fast.objectives import parse_list
-        from geffect_fast.objectives.ranges import expand_list
-
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list | tuple):
+        if not isinstance(value, str | list | tuple):
             return value
-        listed: list[tuple[Any, str]]
-        found: dict[Any, str] = {}
-        try:
-            if info.data.get("command") == "sweep":
-                listed = [(sweep.text, sweep.text) for sweep in expand_list(texts)]
-            else:
-                listed = [(o, str(o)) for text in texts for o in parse_list(text)]
-        except InputError as error:
-            raise ValueError(str(error)) from None
-        for objective, text in listed:
-            if objective in found:
-                raise ValueError(f"objective {text} is listed twice; leave one out")
-            found[objective] = text
-        return tuple(found.values())
+        read = swept_list if info.data.get("command") == "sweep" else canonical_list
+        return read_by("objectives", read)(value)
 
     @field_validator("probes")
     @classmethod
@@ -156,29 +143,30 @@ class Reading(Settings):
     panel = "Reading"
 
     template: str = "auto"
-    """auto (the chat template, else plain Question:/Answer:), or text with {question}, {answer}."""
+    """auto: the chat template, else plain Question:/Answer:; or text with {question}, {answer}."""
 
     data_format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "text"] = "auto"
-    """What data files are, gzips or not: json (one document), jsonl, csv, tsv, parquet or text;
-    auto: by their content."""
+    """Format of the data files, gzips or not: json (one document), jsonl, csv, tsv, parquet or
+    text; auto: found by their content."""
 
     max_length: int | None = Field(default=None, gt=0)
-    """Longest sequence accepted, in tokens; a longer one is an error that names its row. Plain text
-    is cut into windows of so many; none: of 2,048, or what the model was made for where less."""
+    """Most tokens of a sequence; a longer one is an error that names its row. Plain text is cut
+    into windows of this length; none: of 2,048 tokens, or the model's positions where these are
+    fewer."""
 
     date: Annotated[str, AfterValidator(read_by("date", day)), Option(metavar="YYYY-MM-DD")] = (
         CHAT_DATE
     )
-    """The day, YYYY-MM-DD, that chat templates are told which ask for it: no number depends on when
-    a run is made."""
+    """The day, YYYY-MM-DD, that is told to chat templates that ask for it, so that no number
+    depends on the day of a run."""
 
     token_budget: int | None = Field(default=None, gt=0)
-    """Tokens a batch; none: chosen from free memory, and then recorded. Where memory runs out, it
-    is halved, with a warning."""
+    """Most tokens of a batch; none: chosen from free memory, and recorded. Where memory runs out,
+    the budget is halved, with a warning."""
 
     trust_remote_code: bool = False
     """Run Python code that a model's folder or hub id brings along (auto_map), with all your
-    rights; without it such models are refused, and nobody is asked."""
+    rights; otherwise such models are refused, without a question."""
 
 
 class Measuring(Reading):
@@ -187,20 +175,20 @@ class Measuring(Reading):
     panel = "Effects"
 
     reduction: Literal["token", "sample", "sum"] = "token"
-    """What means are taken over, in objectives and risks alike: token, all answer tokens; sample,
-    each sample's tokens and then samples; sum, no mean."""
+    """How objectives and risks are averaged. token: over all answer tokens; sample: over the tokens
+    of each sample and then over the samples; sum: not at all."""
 
     risk: Annotated[Any, BeforeValidator(read_by("risk", risk_of))] = "nll"
-    """An objective used as the risk; its part on any data set is the risk on that set. nll is the
-    mean loss of the answers."""
+    """The objective that is the risk on every data set; nll is the mean loss of the answers."""
 
     resolve: Annotated[tuple[str, ...], BeforeValidator(read_by("resolve", axes))] = (
         "parameter",
         "sample",
     )
-    """Axes of the result; all others are summed: parameter, or group (embedding, thirds of the
-    blocks by depth, final norm, output layer); sample; and within samples token, which predicted
-    token drives an effect, or position, where in the sequence a layer is used."""
+    """Axes of the result; effects are summed over the others. parameter, or group (embedding,
+    thirds of the blocks by depth, final norm, output layer); sample; and within samples token (the
+    predicted token that drives an effect) or position (the place in the sequence where a layer is
+    used)."""
 
     groups: Annotated[
         dict[Name, Any],
@@ -214,13 +202,13 @@ class Measuring(Reading):
     """Groups of blocks by name, such as first: 0-3, in place of thirds by depth."""
 
     engine: Literal["auto", "reverse", "forward"] = "auto"
-    """reverse resolves by parameter and position; forward by token, and any number of objectives
-    costs the same; auto takes what resolve needs, or else costs less, and says why. Both are
-    exact."""
+    """reverse resolves by parameter and position; forward resolves by token, at the same cost for
+    any number of objectives; auto takes the engine that resolve needs, or else the cheaper one, and
+    says why. Both are exact."""
 
     norms: bool | None = None
-    """Whether gradient norms and cosines are computed too, and the samples' shares compared with
-    whole gradients; none: with the reverse engine, as the forward engine forms no gradient of an
+    """Also compute gradient norms and cosines, and compare the samples' shares with whole
+    gradients; none: only with the reverse engine, since the forward engine forms no gradient of an
     objective."""
 
     @property
@@ -243,7 +231,7 @@ class Machine(Settings):
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
 
     threads: int | None = Field(default=None, gt=0)
-    """CPU threads; none: torch's own choice, and then recorded."""
+    """CPU threads; none: torch's own choice, which is recorded."""
 
     @field_validator("device")
     @classmethod
@@ -259,7 +247,7 @@ class Machine(Settings):
         return value
 
 
-class RunConfig(Machine, Measuring, Named):
+class RunConfig(Machine, Measuring, RunInputs):
     """The settings that all runs of effects share: models, data, measuring and machine."""
 
     @property
@@ -274,8 +262,8 @@ class SecondOrder(Settings):
     panel = "Effects"
 
     second_order: bool = False
-    """Also the curvature of the risks along each objective's step, which says how long a step may
-    be: predictions are then -lr e + lr^2/2 u^T H u. Weights of fp32 or fp64 only."""
+    """Also compute the curvature of the risks along each objective's step, which tells how long a
+    step may be: predictions are then -lr e + lr^2/2 u^T H u. For weights in fp32 or fp64."""
 
 
 class Sharding(Settings):
@@ -284,9 +272,9 @@ class Sharding(Settings):
     panel = "Machine"
 
     shard: Literal["auto", "none", "fsdp", "hsdp"] = "auto"
-    """Of the ranks that torchrun starts each holds the whole model (none) or its part of it, of
-    gradients and of an optimizer's state: all ranks have one copy in parts (fsdp), or those of each
-    host have one (hsdp); auto: none where all of that fits, else fsdp."""
+    """Part of the model that each rank of torchrun holds. none: the whole model; fsdp: a part of
+    the model, of gradients and of an optimizer's state, of which all ranks together have one copy;
+    hsdp: the same, with one copy for each host; auto: none where everything fits, else fsdp."""
 
 
 class ProfileConfig(Sharding, SecondOrder, RunConfig):
@@ -295,33 +283,33 @@ class ProfileConfig(Sharding, SecondOrder, RunConfig):
     panel = "Checkpoints and steps"
 
     command: Literal["profile", "sweep"] = "profile"
-    """The command that replays it; objectives of a sweep may hold ranges."""
+    """The command that replays the run; objectives of a sweep may hold ranges."""
 
     checkpoints: Annotated[tuple[str, ...], Option(metavar="PATTERN", repeatable=True)] = ()
-    """Folders or patterns, such as out/checkpoint-*, of checkpoints to profile in turn; the model
-    is then that before training, step 0, or left out."""
+    """Folders of checkpoints to profile in turn, or patterns such as out/checkpoint-*; the model is
+    then the one before training, step 0, or is left out."""
 
     metric: Literal["sgd", "adam", "adamw", "lion"] | None = None
-    """Effects of the step that this optimizer takes, <grad R, P grad L>, in place of the plain
-    gradient's; checkpoints bring their own optimizers."""
+    """Measure the effects of the step that this optimizer takes, <grad R, P grad L>, in place of
+    the effects of the plain gradient; checkpoints bring their own optimizers."""
 
     conflicts: bool = False
-    """Also the share of each objective's gradient, by size and part of the model, whose sign
-    opposes the retain risk's; with position among the axes, at every token too."""
+    """Also compute the share of each objective's gradient, by size and part of the model, whose
+    sign opposes that of the retain risk's gradient; with the axis position also at every token."""
 
     optimizer_state: Annotated[
         PathOrId | None, Option(metavar="FILE"), AfterValidator(state_file)
     ] = None
-    """The optimizer.pt of a Trainer's checkpoint, or its folder, that the metric is made from;
-    none: as in a first step."""
+    """The optimizer.pt of a Trainer's checkpoint, or the checkpoint's folder, from which the metric
+    is made; none: the state of a first step."""
 
     step_of: Annotated[
         str | None,
         AfterValidator(read_by("step_of", canonical_or_none)),
         Option(metavar="OBJECTIVE"),
     ] = None
-    """The objective whose step it is; none: the only one's, and of several the mean of their
-    squared gradients."""
+    """The objective whose optimizer step is taken; none: the only objective, or of several the mean
+    of their squared gradients."""
 
     @model_validator(mode="before")
     @classmethod
@@ -378,29 +366,26 @@ class Metrics(Settings):
             repeatable=True,
         ),
     ] = ()
-    """Metrics by name, such as `probability` or `min_k(k=0.2)`; none, and no suite: probability,
-    extraction_strength and exact_memorisation."""
+    """Metrics by name, such as `probability` or `min_k(k=0.2)`; without metrics and a suite:
+    probability, extraction_strength and exact_memorisation."""
 
     suite: str | None = None
-    """A benchmark's metrics, under its names: tofu, muse or survey; metrics are measured beside."""
+    """The metrics of a benchmark: tofu, muse or survey; `metrics` are measured in addition."""
 
     max_new_tokens: int = Field(default=200, gt=0)
-    """Most tokens that a model writes after a prompt, for metrics of what it writes that have no
-    length of their own."""
+    """Most tokens that a model writes after a prompt, for metrics that have no length of their
+    own."""
 
-    @field_validator("metrics", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    _several = field_validator("metrics", mode="before")(one_or_several)
 
 
 class LiveMetrics(Metrics):
     """The metrics to measure during a training, and the steps at which they are measured."""
 
     evaluate_every: int | None = Field(default=None, gt=0)
-    """Updates between two measurements of metrics, a multiple of those between probes, beside which
-    they stand; the first is before training, the last at its end. None: at every probe where
-    metrics or a suite are named, else never."""
+    """Updates between two measurements of metrics, a multiple of the updates between two probes;
+    the first is before training, the last at its end. None: at every probe where metrics or a suite
+    are named, else never."""
 
     evaluate_rows: Annotated[int | Literal["all"], Option(metavar="N|all")] = "all"
     """Rows of each data set that metrics are measured on, evenly chosen: a number, or all."""

@@ -24,9 +24,9 @@ from rich.text import Text
 from geffect_fast.visible import visible
 
 PIPED = 120
-"""Columns of what goes to no terminal."""
+"""Width, in columns, of tables that go to no terminal."""
 _BAR = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")
-"""How tqdm moves between its bars, with a write that begins or consists of this."""
+"""Moves of tqdm between its bars: a write of tqdm begins with such a move, or consists of one."""
 
 
 class Console(rich.console.Console):

@@ -116,7 +116,7 @@ def _advice() -> str | None:
     if load < 0.5 * cores:
         return None
     return (
-        f"other processes keep this machine busy (load {load:.1f} on {cores} cores), and threads "
-        "of torch that spin as they wait make that many times slower: set OMP_WAIT_POLICY=passive, "
-        f"and OMP_NUM_THREADS={cores} or less, before Python starts"
+        f"other processes keep this machine busy (load {load:.1f} on {cores} cores), and torch's "
+        "threads spin while they wait, which makes everything many times slower: set "
+        f"OMP_WAIT_POLICY=passive, and OMP_NUM_THREADS={cores} or less, before Python starts"
     )

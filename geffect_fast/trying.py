@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 
 _SIGNS = ("can't allocate memory", "std::bad_alloc", "ALLOC_FAILED")
-"""What torch's errors say where its CPU allocator, C++ or a CUDA library finds no memory."""
+"""Text in torch's errors where its CPU allocator, C++ or a CUDA library finds no memory."""
 
 
 def no_memory(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ from geffect_fast.settings import (
 
 
 def _reporters(given: Any) -> Any:
-    """Names of reporters, from a list or a text with commas; the name `none` stands for nobody."""
+    """Names of reporters, from a list or a text with commas; the name `none` is left out."""
     names = texts_of(given)
     return tuple(n for n in names if n != "none") if isinstance(names, tuple) else names
 
@@ -49,17 +49,18 @@ class Training(SecondOrder):
     """Updates between two probes; the first is before training, the last at its end."""
 
     probe_rows: Annotated[int | Literal["all"] | None, Option(metavar="N|all")] = None
-    """Rows of each data set that a probe measures, evenly chosen: a number, or all; none: so many
-    that a probe costs at most one training step, and then recorded."""
+    """Rows of each data set that a probe measures, evenly chosen: a number, or all; none: as many
+    as make a probe cost at most one training step, which is recorded."""
 
     batch_size: int | None = Field(default=None, gt=0)
-    """Forget rows a batch; none: 32, or the whole set where it is smaller."""
+    """Forget rows of a batch; none: 32, or all rows where there are fewer."""
 
     retain_batch_size: int | None = Field(default=None, gt=0)
-    """Retain rows drawn beside a batch, where the objective reads them; none: as many."""
+    """Retain rows drawn for each batch, where the objective reads them; none: as many as forget
+    rows."""
 
     accumulation: int = Field(default=1, gt=0)
-    """Batches whose gradients are added up for one update, exactly as of one larger batch."""
+    """Batches whose gradients are added up for one update, which is exactly one larger batch."""
 
     learning_rate: Annotated[float, Option(("--learning-rate", "--lr"))] = Field(
         default=1e-5, ge=0, allow_inf_nan=False
@@ -76,14 +77,15 @@ class Training(SecondOrder):
     """Optimizer of transformers: adamw_torch, sgd, adafactor ..."""
 
     update: Annotated[str, BeforeValidator(read_by("update", canonical_update))] = "sgd"
-    """What is done with gradients before the optimizer steps: sgd (nothing), orthograd, gru, gu,
+    """Rule that changes gradients before the optimizer steps: sgd (no change), orthograd, gru, gu,
     blur, pcgrad, sago or sam, with parameters such as 'gru(gamma=0.8)'."""
 
     precision: Literal["model", "bf16", "fp16"] = "model"
-    """Autocast in training: bf16, or on a GPU fp16; model: none, as the weights are."""
+    """Autocast in training: bf16, or on a GPU fp16; model: no autocast, in the weights'
+    precision."""
 
     checkpointing: bool = False
-    """Gradient checkpointing: activations are computed again in the backward, to save memory."""
+    """Gradient checkpointing: compute activations again in the backward, to save memory."""
 
     lora_rank: int | None = Field(default=None, gt=0)
     """Train an adapter of this rank in place of the weights (LoRA, needs peft)."""
@@ -98,14 +100,14 @@ class Training(SecondOrder):
     """Names of the modules to adapt, such as q_proj; none: every linear layer but the output."""
 
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Decides the order of the data, dropout and an adapter's first weights."""
+    """Seed of the order of the data, of dropout and of an adapter's first weights."""
 
     trainer: Annotated[
         dict[str, Any],
         Option(
             metavar="FIELD=VALUE",
-            help="A field of transformers' TrainingArguments, such as weight_decay=0.01, or "
-            "max_grad_norm=1, without which gradients are not clipped; repeatable.",
+            help="A field of transformers' TrainingArguments, such as weight_decay=0.01 or "
+            "max_grad_norm=1 (gradients are not clipped by default); repeatable.",
         ),
     ] = Field(default_factory=dict)
     """Further fields of transformers' TrainingArguments, of the optimizer, the schedule and
@@ -116,21 +118,22 @@ class Training(SecondOrder):
         BeforeValidator(_reporters),
         Option(
             metavar="NAMES",
-            help="Who is told of every probe as it is measured, by transformers: tensorboard "
+            help="Reporters of transformers that get every probe as it is measured: tensorboard "
             "(events in logs of --out), wandb, mlflow ...; with commas between, repeatable. They "
             "get geffect/e_u, geffect/e_r, geffect/collateral, geffect/risk_unlearn, "
-            "geffect/risk_retain; /OBJECTIVE behind for one that is not trained on.",
+            "geffect/risk_retain; for objectives that are not trained on, with /OBJECTIVE behind.",
             repeatable=True,
         ),
     ] = ()
-    """Reporters of transformers that are told of every probe: tensorboard (events in the run's
-    logs/), wandb, mlflow ...; none: nobody."""
+    """Reporters of transformers that get every probe: tensorboard (events in the run's logs/),
+    wandb, mlflow ...; none: no reporter."""
 
     save_every: int | None = Field(default=None, gt=0)
     """Updates between two checkpoints to resume from; none: at every probe."""
 
     keep_checkpoints: bool = False
-    """Whether all checkpoints stay; else each goes when the next, or the run, is complete."""
+    """Keep all checkpoints; otherwise each is removed when the next one, or the run, is
+    complete."""
 
     _rows = field_validator("probe_rows", mode="before")(number_or_all)
 
@@ -195,20 +198,20 @@ class UnlearnConfig(Sharding, UnlearnSettings, RunConfig):
     panel = "Models and data"
 
     command: Literal["unlearn"] = "unlearn"
-    """The command that replays it."""
+    """The command that replays the run."""
 
     objective: Annotated[str, AfterValidator(read_by("objective", canonical))]
     """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
 
     objectives: Annotated[tuple[str, ...], Option(metavar="OBJECTIVE...", repeatable=True)] = ()
-    """Further objectives, measured beside the one trained on; with spaces or commas between."""
+    """Further objectives to measure, with spaces or commas between."""
 
     holdout: PathOrId | None = None
-    """Data that no model was trained on, like the forget data: what membership is told from."""
+    """Data that no model was trained on, like the forget data, for membership to compare with."""
 
     retain_model: PathOrId | None = None
     """Folder or hub id of a model trained without the forget data, or TOFU's saved evaluation log
-    of one (a .json file): what forget_quality and privleak compare with."""
+    of one (a .json file); forget_quality and privleak compare with it."""
 
     _written = field_validator("metrics")(as_text)
 
@@ -233,5 +236,8 @@ class UnlearnConfig(Sharding, UnlearnSettings, RunConfig):
 
         for text in self.objectives:
             if parse(text) == parse(self.objective):
-                raise ValueError(f"objectives: '{text}' is trained on, and measured; leave it out")
+                raise ValueError(
+                    f"objectives: '{text}' is the objective to train on, and is measured anyway; "
+                    "leave it out"
+                )
         return self

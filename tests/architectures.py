@@ -16,7 +16,7 @@ from torch import nn
 
 VOCAB = 61
 PADDING = 10
-"""A token that samples hold; where it is padding, its row of the table has no gradient."""
+"""A token that samples hold. As the padding token, its row of the embedding has no gradient."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ FLAGS = (
     *("--disable-dev-shm-usage", "--remote-debugging-pipe"),
 )
 PATIENCE = 60.0
-"""Seconds after which a browser that says nothing is given up."""
+"""Seconds without output after which a browser is given up."""
 
 
 def installed() -> str | None:

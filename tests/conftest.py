@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def study(tmp_path_factory):
         torch.manual_seed(seed)
         model = make_model(tokenizer, Size(hidden=16, n_layers=3))
         save(model, tokenizer, folder / name)
+    return folder
+
+
+@pytest.fixture
+def here(study, tmp_path, monkeypatch):
+    """A copy of the study as the working folder, without a network."""
+    folder = shutil.copytree(study, tmp_path / "here")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ FORGET, RETAIN = ROWS[:4], ROWS[4:9]
 TAUS = (0.5, 0.8, 0.95, 1.0)
 ASKED = {"retain": RETAIN, "forget": FORGET, "metric": "probability", "tau": 0.8}
 ASKED |= {"tolerance": 1 / 64, "grid": 8}
-"""What the result that most tests look at was asked for."""
+"""Settings of the result that most tests look at."""
 
 
 COMMAND = ["control", "--original", "original", "--retain", "retain.jsonl", "--grid", "4"]

@@ -1,12 +1,20 @@
-"""A training that the user interrupts."""
+"""Trainings that the user interrupts, or that a callback stops."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
 import pytest
+from transformers import TrainerCallback
 
 from geffect_fast.integrations import GEffectCallback
+
+
+class StopAtThree(TrainerCallback):
+    """A callback that stops a training after its third update."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
 
 
 @contextmanager

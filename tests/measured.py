@@ -20,7 +20,7 @@ STUDY = {
     "tnpo": "tnpo(beta=1)",
     "kl": "ga + kl",
 }
-"""Objectives of runs that are set against effects, by the runs' names."""
+"""Objectives of the runs that are compared with effects, by the runs' names."""
 
 
 def measures(seed=0, sets=("forget", "retain"), metrics=METRICS, questions=None):

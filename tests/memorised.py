@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from geffect_fast.data import tokenize_rows
-from geffect_fast.demo import Size, make_model
+from geffect_fast.demo import Size, make_model, train_tokenizer
+
+
+def tokenizer_of(rows, size=320):
+    """A tokenizer that is trained on questions and answers."""
+    return train_tokenizer([f"{row['question']} {row['answer']}" for row in rows], size)
 
 
 def blank_model(tokenizer, seed=1):

@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES, VOCAB
 from torch import nn
 
 FIVE = ("llama", "llama_tied", "gpt2", "phi", "gemma2")
-"""Those that differ in what matters most, for tests that are too long to run on all of them."""
+"""Architectures that differ most, for tests that would take too long on all of them."""
 
 
 def build(
@@ -71,6 +71,19 @@ def samples(lengths: list[int], seed: int = 0, prompt: int = 1) -> list[dict[str
         hidden = min(prompt, length - 1)
         rows.append({"input_ids": ids, "labels": [-100] * hidden + ids[hidden:]})
     return rows
+
+
+def collated(rows):
+    """A batch of samples of one length, for transformers' Trainer."""
+    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+
+
+def with_dropout(model, p):
+    """The model, whose dropout modules drop activations in training with probability `p`."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    return model
 
 
 def shaken(model, dtype=None):

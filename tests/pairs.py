@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 ROWS = [(samples([7], 10 + i, 2)[0], samples([5 + i % 4], 30 + i, 2)[0]) for i in range(8)]
 ROWS[1] = (ROWS[1][0], {key: row[:6] for key, row in ROWS[1][0].items()})
-"""A retain row that is a part of a forget row, so that gradients are in conflict."""
+"""This retain row is a part of a forget row, so that gradients conflict."""
 
 
 class Pairs(Dataset):

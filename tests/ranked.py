@@ -29,7 +29,7 @@ PRELOADED = [
     *("datasets", "peft", "transformers.trainer", "transformers.integrations.neftune"),
     *(f"transformers.models.{n}.modeling_{n}" for n in ("llama", "gpt2", "qwen2_moe", "bloom")),
 ]
-"""What ranks need not import one by one."""
+"""Modules that are imported once, before the ranks are forked."""
 
 
 class Raised:
@@ -102,7 +102,7 @@ def commanded(words: list[str], killed_at: int | None = None) -> tuple[int, str]
     from geffect_fast.cli import main
     from geffect_fast.steps.probe import Probe
 
-    plain, said = Probe.at, io.StringIO()
+    plain, said = Probe.measure_at, io.StringIO()
 
     def at(self: Probe, step: int, **given: Any) -> Any:
         if step == killed_at and dist.get_rank() == 1:
@@ -111,8 +111,22 @@ def commanded(words: list[str], killed_at: int | None = None) -> tuple[int, str]
 
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
         patch.setattr(report, "write_report", lambda *_, **__: None)
-        patch.setattr(Probe, "at", at)
+        patch.setattr(Probe, "measure_at", at)
         return main(words), said.getvalue()
+
+
+def of_each(job: Callable[..., Any], cases: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The result of `job(*case)` by the case's name."""
+    return {name: job(*case) for name, case in cases.items()}
+
+
+def weights_of(model: Any) -> dict[str, Any]:
+    """A model's weights, whole where ranks share them out."""
+    whole = {
+        key: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for key, value in model.state_dict().items()
+    }
+    return {key: value.numpy().copy() for key, value in whole.items()}
 
 
 def assert_same_training(name: str, found: Any, expected: Any, exact: float) -> None:

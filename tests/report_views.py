@@ -14,7 +14,7 @@ ORDER = [
     *("answer", "signs", "verdicts", "curves", "layers", "instances", "tokens", "cosines"),
     *("prediction", "table", "made"),
 ]
-"""Sections of a page, in theirs."""
+"""Sections of a page, in their order."""
 
 
 def text_of(what, width=120):

@@ -84,7 +84,7 @@ READS = {
     aten.unique_dim.default,
     aten.unique_consecutive.default,
 }
-"""Operations whose result, or its size, the host needs to know."""
+"""Operations for which the host needs the result, or its size."""
 
 INDEXED = {
     aten.index.Tensor,

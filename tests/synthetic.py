@@ -18,7 +18,7 @@ TOKENS = (
     *("[red]", " <script>alert(1)</script>", "[/]", "&amp;", "\"'", "\n", "\t", "\x1b[31m", "�"),
     *("<0xE2>", "", "  ", "\u202e", "日本", "<|end|>", "\\", " I", " do", " not", " know"),
 )
-"""Tokens that break naive pages and terminals; the last four are an alternative's."""
+"""Tokens that break naive pages and terminals. The last four belong to an alternative."""
 
 
 def make_dataset(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import enum
+import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import geffect_fast as gf
+from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import Attribution
 from geffect_fast.errors import UnsupportedModelError
 
@@ -239,12 +245,7 @@ def test_positions_given_to_each_sample_change_no_loss() -> None:
 
 def test_rows_are_tried_once_a_structure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are tried again if another number of tokens makes axes alike, but not for new data."""
-    trials = []
-    weighted = Attribution.weighted
-    monkeypatch.setattr(
-        Attribution, "weighted", lambda self, x: trials.append(len(x)) or weighted(self, x)
-    )
-    model = Model(["linear", "attention"], 0).double()
+    trials, model = trials_of(monkeypatch), Model(["linear", "attention"], 0).double()
     for n, tokens in ((3, 5), (4, 6), (3, 5), (3, 3), (5, 5), (2, 4), (1, 4)):
         gf.functional.per_sample_grad_norms(model, losses, {"input_ids": ids_of(n, tokens)})
     assert trials == [3, 3]
@@ -252,6 +253,188 @@ def test_rows_are_tried_once_a_structure(monkeypatch: pytest.MonkeyPatch) -> Non
     gf.functional.per_sample_grad_norms(model, lambda m, b: 2 * losses(m, b), batch)
     gf.functional.per_sample_inner_products(model, losses, batch, {})
     assert trials == [3, 3, 3]
+
+
+def contrasted(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    own = losses(model, batch)
+    return own - own.logsumexp(0)
+
+
+def losses_of(model: nn.Module, batch: dict[str, Tensor], *, mix: bool = False) -> Tensor:
+    return (contrasted if mix else losses)(model, batch)
+
+
+class Loss:
+    def __init__(self, mix: bool) -> None:
+        self.mix = mix
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return losses_of(model, batch, mix=self.mix)
+
+    def method(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return losses_of(model, batch, mix=self.mix)
+
+
+class Slotted:
+    """A callable object without weak references."""
+
+    __slots__ = ("mix",)
+    __init__, __call__ = Loss.__init__, Loss.__call__
+
+
+class Mixing(enum.IntEnum):
+    NO = 0
+    YES = 1
+
+
+def closure_over(value: Any, mixes: Callable[[Any], bool]) -> Callable[..., Tensor]:
+    return lambda model, batch: losses_of(model, batch, mix=mixes(value))
+
+
+def with_default(mix: bool) -> Callable[..., Tensor]:
+    def loss(model: nn.Module, batch: dict[str, Tensor], chosen: bool = mix) -> Tensor:
+        return losses_of(model, batch, mix=chosen)
+
+    return loss
+
+
+def with_keyword_default(mix: bool) -> Callable[..., Tensor]:
+    def loss(model: nn.Module, batch: dict[str, Tensor], *, chosen: bool = mix) -> Tensor:
+        return losses_of(model, batch, mix=chosen)
+
+    return loss
+
+
+def by_global(mix: bool) -> Callable[..., Tensor]:
+    """A function that reads a function and a plain value of its module, which change."""
+    scope: dict[str, Any] = {"losses_of": losses_of, "MIX": mix}
+    exec(
+        "def inner(m, b): return losses_of(m, b, mix=MIX)\ndef loss(m, b): return inner(m, b)",
+        scope,
+    )
+    loss: Callable[..., Tensor] = scope["loss"]
+    return loss
+
+
+FUNCTIONS: dict[str, Callable[[bool], Callable[..., Tensor]]] = {
+    "keyword of a partial": lambda mix: partial(losses_of, mix=mix),
+    "argument of a partial": lambda mix: partial(lambda x, m, b: losses_of(m, b, mix=x), mix),
+    "closure over a value": lambda mix: closure_over(mix, bool),
+    "closure over values": lambda mix: closure_over({"of": [(1, mix)]}, lambda x: x["of"][0][1]),
+    "closure over a number of numpy": lambda mix: closure_over(np.int64(mix), bool),
+    "closure over an enum": lambda mix: closure_over(Mixing(int(mix)), bool),
+    "closure over a function": lambda mix: closure_over(
+        contrasted if mix else losses, lambda f: f is contrasted
+    ),
+    "closure over a partial": lambda mix: closure_over(
+        partial(losses_of, mix=mix), lambda f: f.keywords["mix"]
+    ),
+    "default": with_default,
+    "keyword default": with_keyword_default,
+    "globals": by_global,
+    "callable object": Loss,
+    "callable object in slots": Slotted,
+    "method": lambda mix: Loss(mix).method,
+}
+
+
+@pytest.mark.parametrize("made", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_loss_that_mixes_is_tried_after_one_that_does_not(
+    made: Callable[[bool], Callable[..., Tensor]],
+) -> None:
+    model, batch = Model(["linear"], 0).double(), {"input_ids": ids_of(4, 6)}
+    gf.functional.per_sample_grad_norms(model, made(False), batch)
+    with pytest.raises(UnsupportedModelError, match="samples that meet"):
+        gf.functional.per_sample_grad_norms(model, made(True), batch)
+
+
+class Switched(nn.Module):
+    """A step whose mode, attribute, function or hook may let samples meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.step = False, keeping
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mixing(x) if self.mix or self.training else self.step(x)
+
+
+def keeping(x: Tensor) -> Tensor:
+    return x
+
+
+def mixing(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "attribute": lambda step: setattr(step, "mix", True),
+    "function": lambda step: setattr(step, "step", mixing),
+    "mode": lambda step: step.train(),
+    "forward": lambda step: setattr(step, "forward", mixing),
+    "forward of the class": lambda step: setattr(type(step), "forward", lambda _, x: mixing(x)),
+    "hook": lambda step: step.register_forward_hook(lambda _, args, y: mixing(y)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_that_has_changed_is_tried_again(change: Callable[[nn.Module], object]) -> None:
+    model, batch = Model(["linear"], 0).double(), {"input_ids": ids_of(4, 6)}
+    model.blocks.append(type("Own", (Switched,), {})())
+    model.eval()
+    gf.functional.per_sample_grad_norms(model, losses, batch)
+    change(model.blocks[1])
+    with pytest.raises(UnsupportedModelError, match="samples that meet"):
+        gf.functional.per_sample_grad_norms(model, losses, batch)
+
+
+def trials_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of samples of every trial."""
+    trials: list[int] = []
+    weighted = Attribution.weighted
+    monkeypatch.setattr(
+        Attribution, "weighted", lambda self, x: trials.append(len(x)) or weighted(self, x)
+    )
+    return trials
+
+
+def test_a_loss_made_anew_with_new_data_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, model = trials_of(monkeypatch), Model(["linear"], 0).double()
+    criterion, held = nn.CrossEntropyLoss(reduction="none"), Loss(False)
+    for seed in range(4):
+        batch = {"input_ids": ids_of(3, 5 + seed), "weights": np.ones(3)}
+
+        def again(model: nn.Module, depth: int = 1) -> Tensor:
+            if depth:  # a function whose closure holds itself
+                return again(model, depth - 1)
+            ids = batch["input_ids"]  # noqa: B023
+            return criterion(model(ids).mT, ids.roll(1, 1)).mean(1)
+
+        ids, scale = batch["input_ids"], torch.rand(3, dtype=torch.double)
+        made = [
+            lambda model, _: again(model) * scale,  # noqa: B023
+            partial(lambda model, _, x: losses(model, {"input_ids": x}), x=ids),
+            partial(held.method),
+        ]
+        for loss in made:
+            gf.functional.per_sample_grad_norms(model, loss, batch)
+    assert trials == [3, 3, 3]
+
+
+def test_loss_functions_are_not_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are keys of functions that no step uses again kept forever."""
+    model, batch = Model(["linear"], 0).double(), {"input_ids": ids_of(3, 5)}
+    held = Loss(False), nn.Linear(2, 2), torch.rand(2), np.ones(2)
+    alive = [weakref.ref(each) for each in held]
+    losses_made = [held[0], held[0].method, closure_over(held[1:], lambda _: False)]
+    for loss in losses_made:
+        gf.functional.per_sample_grad_norms(model, loss, batch)
+    held, losses_made, loss = None, None, None
+    gc.collect()
+    assert [each() for each in alive] == [None] * 4
+    for step in range(40):
+        gf.functional.per_sample_grad_norms(model, closure_over(step, lambda _: False), batch)
+    assert len(Plan.of(model).learned._shown) < 20
 
 
 class Single(nn.LayerNorm):
@@ -292,10 +475,6 @@ def test_lower_precisions_refuse_the_same(dtype: torch.dtype) -> None:
 
 
 def test_losses_that_meet_are_refused() -> None:
-    def contrasted(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        own = losses(model, batch)
-        return own - own.logsumexp(0)
-
     model, batch = Model(["linear"], 0).double(), {"input_ids": ids_of(4, 6)}
     with pytest.raises(UnsupportedModelError, match="samples that meet in the model or in loss_fn"):
         gf.functional.per_sample_grad_norms(model, contrasted, batch)

@@ -27,7 +27,7 @@ for script in sys.argv[2:]:
     if os.wait()[1]:
         sys.exit(f"{script} cannot be imported")
 """
-"""Each has a process of its own, in which only what takes seconds to import is there."""
+"""Imports each script in its own process, forked after the imports that take seconds."""
 
 
 @pytest.fixture(scope="module")

@@ -50,5 +50,5 @@ def test_every_op_is_timed_against_plain_torch(tmp_path: Path, run: Run) -> None
 
 def test_budget_leaves_out_what_it_names(tmp_path: Path, run: Run) -> None:
     printed = run("--only", "segment_dot", "--budget", "0", "--out", str(tmp_path))
-    assert "left out for want of time: 1\n  segment_dot" in printed
+    assert "left out for lack of time: 1\n  segment_dot" in printed
     assert not list(tmp_path.iterdir())

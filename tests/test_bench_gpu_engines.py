@@ -30,7 +30,7 @@ assert importlib.util.find_spec("geffect_fast") is None, "it is installed"
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
-"""Runs the script as where the package is not installed."""
+"""Runs the script as if the package were not installed."""
 
 JOBS = {
     "reverse, 1 objective, parameter x sample",
@@ -47,7 +47,7 @@ def test_every_part_runs_and_the_ways_agree(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FROM_A_CLONE, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "left out for want of time: 0" in done.stdout
+    assert "left out for lack of time: 0" in done.stdout
     rows = list(csv.DictReader((tmp_path / "engines_cpu.csv").open(newline="")))
     assert not [row for row in rows if row["problem"]]
     assert all(float(row["seconds"]) > 0 for row in rows)

@@ -342,14 +342,14 @@ def test_sanitizers_are_in_the_kernels_of_their_own_build_alone(
     assert not stems(kernels, ".cu")  # and CUDA was not looked for
 
 
-def test_sanitizers_that_are_not_at_work_are_an_error(
+def test_sanitizers_that_miss_a_fault_are_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sanitizer_check.main() == 1
     monkeypatch.setattr(sanitizer_check, "FAULTS", {})
     assert sanitizer_check.main() == 1
     read, built = capsys.readouterr().err.splitlines()
-    assert "not at work: a kernel was misled and 'AddressSanitizer" in read
+    assert "miss a fault: a kernel was misled and 'AddressSanitizer" in read
     assert f"the kernels were built without {sanitizer_check.OVERFLOW}" in built
 
 

@@ -1,7 +1,6 @@
 """The command line: successful commands; refusals are in `bad_input`."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -17,15 +16,6 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 OBJECTIVES = "ga,wga(alpha=1),npo(beta=0.1)+kl,dpo,rmu(layer=1)"
 FOUND = "data: 4 rows of questions and answers (JSON lines)\n"
-
-
-@pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    """A copy of the study as the working folder."""
-    folder = shutil.copytree(study, tmp_path / "here")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return folder
 
 
 def arguments(**changes):
@@ -225,7 +215,9 @@ def test_without_a_command_there_is_help_and_a_version(capsys):
 def test_a_refused_out_folder_costs_no_work(here, capsys, monkeypatch):
     (here / "run").mkdir()
     (here / "run" / "results.nc").touch()
-    monkeypatch.setattr("geffect_fast.measure.by_config.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "geffect_fast.measure.by_config.load_model", lambda *a: pytest.fail("loaded")
+    )
     monkeypatch.setattr(
         "geffect_fast.measure.sources.read_rows", lambda *a, **k: pytest.fail("read")
     )

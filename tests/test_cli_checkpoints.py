@@ -20,30 +20,28 @@ WORDS += ["--objectives", "ga", "--resolve", "group", "--checkpoints", "out/chec
 
 
 @pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    """The study with two checkpoints, as the working folder."""
-    folder = shutil.copytree(study, tmp_path / "here")
-    model = load_model(folder / "model", device="cpu")
+def here(here):
+    """The working folder with two checkpoints."""
+    model = load_model(here / "model", device="cpu")
     for step in (2, 10):
-        shutil.copytree(folder / "model", folder / f"out/checkpoint-{step}")
+        shutil.copytree(here / "model", here / f"out/checkpoint-{step}")
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.01)
-        model.save_pretrained(folder / f"out/checkpoint-{step}")
-    monkeypatch.chdir(folder)
-    return folder
+        model.save_pretrained(here / f"out/checkpoint-{step}")
+    return here
 
 
 @pytest.mark.slow
 def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys, undrawn):
-    plain = Probe.at
+    plain = Probe.measure_at
 
     def stopping(self, step, **more):
         if step == 10:
             raise KeyboardInterrupt
         return plain(self, step, **more)
 
-    monkeypatch.setattr(Probe, "at", stopping)
+    monkeypatch.setattr(Probe, "measure_at", stopping)
     assert main([*WORDS, "--out", "run"]) == 130
     line = capsys.readouterr().err
     assert line.startswith("error: interrupted; what was measured to step 2 is kept: go on with")

@@ -43,9 +43,9 @@ def test_words_behind_a_repeatable_option_each_have_it(written, read):
 @pytest.mark.parametrize("command", ["profile", "sweep", "check"])
 def test_objectives_go_by_either_name_with_spaces_or_commas(command, name, monkeypatch, tmp_path):
     taken = []
-    for place in ("execute.execute", "execute_check.execute_check"):
+    for place in ("execute", "execute_check"):
         monkeypatch.setattr(
-            f"geffect_fast.measure.{place}",
+            f"geffect_fast.measure.execute.{place}",
             lambda config, *more, **options: taken.append(config) or sys.exit(0),
         )
     data = ["--data", "f"] if command == "check" else ["--forget", "f", "--retain", "r"]
@@ -70,7 +70,7 @@ def test_help_has_panels_and_defaults(capsys, monkeypatch):
         *("Options", "Models and data", "Reading", "Effects", "Machine", "Metrics", "Training"),
     ]
     text = " ".join(" ".join(lines).replace("│", " ").split())
-    assert "sum, no mean. Default: token." in text and "--steps" in text
+    assert "sum: not at all. Default: token." in text and "--steps" in text
 
 
 @pytest.mark.parametrize(

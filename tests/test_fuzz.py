@@ -20,7 +20,7 @@ from geffect_fast.storage.results_file import save_result
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 SECONDS = float(os.environ.get("GEFFECT_FAST_FUZZ_SECONDS", "2"))
-"""For each kind and seed; what is drawn is decided by the seed, how much of it by the machine."""
+"""Seconds for each kind and seed. The seed decides the inputs, the machine how many of them."""
 
 SEEDS = [int(seed) for seed in os.environ.get("GEFFECT_FAST_FUZZ_SEEDS", "1,2").split(",")]
 

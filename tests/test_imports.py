@@ -12,8 +12,8 @@ import geffect_fast
 
 ROOT = Path(geffect_fast.__file__).parent
 
-BASE = {"errors", "ranks", "registry", "trying", "transfer", "visible"}
-"""What every part may import."""
+BASE = {"errors", "precision", "ranks", "registry", "trying", "transfer", "visible"}
+"""The parts that every part may import."""
 MODEL = {"ops", "capture", "data", "objectives", "engines"}
 RUN = {"paths", "results", "settings", "evaluation_settings", "arguments", "storage"}
 RUN |= {"unlearn_settings", "control_settings", "relearn_settings"}
@@ -21,6 +21,7 @@ RUN |= {"unlearn_settings", "control_settings", "relearn_settings"}
 LAYERS = {
     "visible": set(),
     "errors": {"visible"},
+    "precision": set(),
     "ranks": {"errors"},
     "registry": {"errors"},
     "trying": {"errors"},
@@ -59,7 +60,7 @@ LAYERS = {
     | {"training", "metrics", "report", "demo"},
     "__main__": {"cli"},
 }
-"""What each part may import; `batch`, the type all engines share, lies in data."""
+"""The parts that each part may import. `batch`, the type that all engines share, lies in data."""
 
 HEAVY = (
     *("transformers", "datasets", "matplotlib", "xarray", "pandas", "typer", "rich", "pydantic"),
@@ -165,8 +166,8 @@ SMALL = {
     "cli/signals.py": "of the process, before a command is known",
     "data/fewest_tokens.py": "a bound of its own",
 }
-"""Modules under 60 lines that one other imports, and why they stand alone; what a folder says of
-itself is none."""
+"""Modules under 60 lines that one other module imports, and why they stand alone. `__init__` files
+do not count."""
 
 
 def test_a_small_module_is_used_by_several():
@@ -214,7 +215,7 @@ def test_an_option_is_declared_once():
         "measure/profile.py: profile": {"optimizer", "second_order"},
         "measure/profiler.py: measure": {"second_order"},
         "steps/probe.py: __init__": {"second_order"},
-        "steps/probe.py: at": {"optimizer"},
+        "steps/probe.py: measure_at": {"optimizer"},
     }
 
 

@@ -200,7 +200,7 @@ def test_a_second_resume_is_refused(here, command, tmp_path, monkeypatch):
     half_done(here, None)
     resumed = ["profile", "--quiet", "--out", "run", "--resume"]
     mark = tmp_path / "there"
-    with stopped(here, mark, ("geffect_fast.steps.probe.Probe.at", 1), resumed) as first:
+    with stopped(here, mark, ("geffect_fast.steps.probe.Probe.measure_at", 1), resumed) as first:
         code, _, error = command(*resumed)
         assert code == 2
         assert f"run folder run is in use by process {first.process.pid} on" in error

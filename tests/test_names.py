@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import warnings
 
 import pandas as pd
@@ -30,13 +29,6 @@ NAMES = {
 BOTH = "a\nb\x1b[31mc\x1b[0m"
 SHOWN = "a\\nb\\x1b[31mc\\x1b[0m"
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028]")
-
-
-@pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    folder = shutil.copytree(study, tmp_path / "here")
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def clean(text, name):

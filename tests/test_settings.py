@@ -1,12 +1,13 @@
 """Configs: made canonical, written and read back unchanged; wrong ones are in `bad_input`."""
 
 import pytest
+from pydantic import model_validator
 
-from geffect_fast.arguments import make_config, with_settings
+from geffect_fast.arguments import checked_config, make_config, with_settings
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig
-from geffect_fast.settings import ProfileConfig, Reading
+from geffect_fast.settings import ProfileConfig, Reading, Settings
 from geffect_fast.storage.run_yaml import dump_config, load_config
 
 GOOD = {
@@ -103,3 +104,13 @@ def test_settings_are_in_a_docstring_however_python_keeps_it():
     dedented = "One.\n\nArgs:\n    settings:\n    other: last.\n"  # from Python 3.13 on
     assert documented(text) == documented(dedented)
     assert "\n    max_length: " in documented(text)
+
+
+def test_a_problem_without_a_field_keeps_its_text():
+    class Own(Settings):
+        @model_validator(mode="after")
+        def check(self):
+            raise ValueError("no two of these go together")
+
+    with pytest.raises(InputError, match=r"^no two of these go together$"):
+        checked_config(Own, {})

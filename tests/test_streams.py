@@ -50,21 +50,13 @@ PRINTING = {
 
 
 @pytest.fixture(scope="module")
-def finished(study, tmp_path_factory):
+def study(study, tmp_path_factory):
     """A copy of the study with finished runs."""
     folder = shutil.copytree(study, tmp_path_factory.mktemp("streams") / "here")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for out, words in RUNS.items():
             assert main([*words, "--out", out]) == 0
-    return folder
-
-
-@pytest.fixture
-def here(finished, tmp_path, monkeypatch):
-    folder = shutil.copytree(finished, tmp_path / "here")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return folder
 
 

@@ -209,8 +209,8 @@ def table(rows: dict[tuple[str, str], dict[str, Kernel]], targets: list[str]) ->
 def main(argv: list[str] | None = None) -> int:
     """Compile and report; return 0 where all compiles without warnings and spills."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", metavar="FILE", help="such as ghost_norm; none: all")
-    parser.add_argument("--target", action="append", choices=setup.CUDA_TARGETS, help="none: all")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="such as ghost_norm; or all")
+    parser.add_argument("--target", action="append", choices=setup.CUDA_TARGETS, help="or all")
     parser.add_argument("--jobs", type=int, default=2, help="files compiled side by side")
     options = parser.parse_args(argv)
     toolkit = setup.find_toolkit()

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 TORCH_LIBRARIES = ("libc10*", "libtorch*", "libshm*")
 TESTS = ("tests/test_functional.py", "tests/ops/test_op_contract.py", "tests/test_cli.py")
-"""What runs of the sdist's tests: per-sample functions, kernels, commands."""
+"""The tests of the sdist that are run: per-sample functions, kernels, commands."""
 
 SMALL_STUDY = """
 import torch

@@ -22,7 +22,7 @@ OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md")
 """Pages of the site that lie at the top of the repository."""
 
 ESCAPED_BAR = re.compile(r"\\\|(?=[^`\n]*`(?:[^`\n]*`[^`\n]*`)*[^`\n]*$)", re.MULTILINE)
-"""One that an odd number of backticks follows on its line."""
+"""An escaped bar that is followed by an odd number of backticks on its line."""
 LINK = re.compile(r"(?<=\]\()([\w./-]+)(?=(?:#[^)\s]*)?\))")
 
 

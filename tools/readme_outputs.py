@@ -30,7 +30,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.03
-"""Relative; and a unit of the last digit that is written."""
+"""The largest relative difference, beside one unit of the last digit that is written."""
 
 SHOWN = {
     "profile": ("^G-effect of", r"^$"),
@@ -45,8 +45,8 @@ SHOWN = {
     "objectives": ("^Objectives", r"^$"),
     "check": ("^Covered", r"^(?!Covered|Tied|Exact|$)"),
 }
-"""Of a command's output, the line from which it is shown, and the first that is not any more; a
-table's head is followed by a line that is empty."""
+"""For each command, patterns of the first line of its output that is shown, and of the first line
+after it that is not. An empty line that follows a table's head does not count."""
 
 NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -204,7 +204,7 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
     "xarray.backends.h5netcdf_",
 )
-"""What every command would take seconds to import."""
+"""Modules that every command would take seconds to import."""
 
 
 def forked(function: Callable[[], Any], folder: Path) -> tuple[int, str]:

@@ -48,7 +48,7 @@ MADE = {
     "--out runs/checkpoints",
     "weights": "weights runs/token --retain-budget 0.5 --out runs/weights.jsonl",
 }
-"""Commands that compute, by name; the folder of a run has its name."""
+"""Commands that compute, by name. The folder of a run has this name."""
 
 READ = {
     "show": "show runs/profile",
@@ -59,13 +59,13 @@ READ = {
     "report": "report runs/profile --overwrite",
     "report_steps": "report runs/unlearn --overwrite",
 }
-"""Commands that read what those have written."""
+"""Commands that read the files that the commands of `MADE` write."""
 
 NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 VOLATILE = {"created", "versions"}
 BY_PATH = {"checkpoints", "run_identity"}
-"""Attributes of a profile of checkpoints that hold the paths of these, which the folder of a
-recording is part of."""
+"""Attributes of a profile of checkpoints that depend on the checkpoints' paths, and so on the
+recording's folder."""
 
 
 def run(name: str, command: str, folder: Path) -> None:

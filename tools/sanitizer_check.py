@@ -53,9 +53,9 @@ def unseen_fault() -> str | None:
 
 
 def main() -> int:
-    """Return 0 where the sanitizers are at work, 1 after one line that says what is not."""
+    """Return 0 if the sanitizers see every fault, or 1 after a line about the one they miss."""
     if (unseen := unseen_fault()) is not None:
-        print(f"error: the sanitizers are not at work: {unseen}", file=sys.stderr)
+        print(f"error: the sanitizers miss a fault: {unseen}", file=sys.stderr)
         return 1
     print("the sanitizers see a kernel that is misled")
     return 0

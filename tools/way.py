@@ -1,4 +1,4 @@
-"""The way of a model through the package, from a public call to the first kernel.
+"""Show the way of a model through the package, from a public call to the first kernel.
 
     python tools/way.py                        the ways of `profile`, `check` and
                                                `per_sample_grad_norms`
@@ -38,9 +38,10 @@ ROOMS = (
     *("ops", "capture", "data", "objectives", "engines", "functional"),
     *("results", "settings", "arguments", "storage", "measure"),
 )
-"""From below; what lies beside them (`transfer`, `errors`) serves every room, and is no step."""
+"""Rooms, the lowest first. Modules beside them (`transfer`, `errors`) serve every room and are no
+step."""
 DEPTH = 3
-"""Objects within objects that are searched for the model."""
+"""Levels of nested objects that are searched for the model."""
 
 
 @dataclass(frozen=True)

@@ -13,39 +13,44 @@ row. Then every product and norm of samples is exact, whatever the rows of the i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.layer_rules import Call
-from geffect_fast.capture.precision import COARSEST_FIRST, precisions
 from geffect_fast.capture.segments import Rows, segment_sum
 from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.precision import COARSEST_FIRST, precisions
 from geffect_fast.transfer import OnItsWay, on_device
 
-OF_ROW = {"double": 1e-6, "single": 1e-3, "half": 0.05}
-"""By how much of its own size a row's gradient may differ, by precision. Weights are powers of two,
-so that nothing rounds in another way: this is for kernels that add up in any order."""
+_ROW_TOLERANCE = {"double": 1e-6, "single": 1e-3, "half": 0.05}
+"""Allowed difference of a row's gradient, relative to its own size, by precision. Weights are
+powers of two, so they change no rounding: the allowance is for kernels that add in any order."""
 
-OF_CALL = {"double": 1e-12, "single": 1e-6, "half": 5e-3}
-"""And by how much of the largest sample's in the call, where a row's is a small difference."""
+_CALL_TOLERANCE = {"double": 1e-12, "single": 1e-6, "half": 5e-3}
+"""The same relative to the largest sample's gradient in the call, for rows that are small
+differences of large terms."""
 
-OF_ALL = {"double": 1e-18, "single": 1e-9, "half": 1e-6}
-"""And of the largest of all calls, where a whole call's is: keys that alone are attended to."""
+_OVERALL_TOLERANCE = {"double": 1e-18, "single": 1e-9, "half": 1e-6}
+"""The same relative to the largest gradient of all calls, for calls that are small differences as a
+whole, such as the only keys that are attended to."""
 
-EXPONENTS = {torch.float64: 40, torch.bfloat16: 40, torch.float32: 40, torch.float16: 3}
-"""Weights go from 2 to the power of minus this to plus this: far from what a precision holds, also
-where a model of fp64 computes its norms in fp32."""
+_EXPONENTS = {torch.float64: 40, torch.bfloat16: 40, torch.float32: 40, torch.float16: 3}
+"""Weights lie between 2 to the power of minus this and plus this, far inside the range of the
+precision, even where a model of fp64 computes its norms in fp32."""
 
-FURTHEST = 20
-"""The most that the exponents of two neighbours differ by: a mask of -30 is one for all purposes,
-and lets 2 to the power of -43 through."""
+_LARGEST_STEP = 20
+"""The largest difference between the exponents of two neighbours. An attention mask of -30 hides
+tokens for all purposes, and lets a fraction of 2 to the power of -43 through."""
+
+_PRECISIONS = {
+    torch.float64: "double",
+    torch.float32: "single",
+    torch.bfloat16: "half",
+    torch.float16: "half",
+}
 
 ANY = "any"
-"""Stands among structures found right where a model's own code shows that all are."""
+"""A mark among structures that were shown, where a model's own code shows that all are right."""
 
 
 class Attribution:
@@ -63,13 +68,13 @@ class Attribution:
     def __init__(self, model: nn.Module, n_samples: int) -> None:
         found = precisions(model)
         dtype = next((d for d in COARSEST_FIRST if d in found), torch.float32)
-        self.precision = PRECISIONS[dtype]
+        self.precision = _PRECISIONS[dtype]
         self.noting = True
         self.alone = False
         # All weights differ for as long as there are enough values. The weights of few samples lie
         # far apart, so that even a small share of one sample in another's rows shows.
-        span, generator = EXPONENTS[dtype], torch.Generator().manual_seed(n_samples)
-        n_each, step = 2 * span + 1, min(2 * span // max(n_samples - 1, 1), FURTHEST) or 1
+        span, generator = _EXPONENTS[dtype], torch.Generator().manual_seed(n_samples)
+        n_each, step = 2 * span + 1, min(2 * span // max(n_samples - 1, 1), _LARGEST_STEP) or 1
         chosen = torch.randperm(n_samples, generator=generator) * step
         sign = 1.0 - 2.0 * (chosen // n_each % 2).double()
         self._weights = sign * torch.exp2((chosen % n_each - span).double())
@@ -90,7 +95,7 @@ class Attribution:
             own: losses of the model as it is.
         """
         recorded = recorded.detach()
-        allowed = OF_ROW[self.precision] * own.abs().amax()
+        allowed = _ROW_TOLERANCE[self.precision] * own.abs().amax()
         self._losses = ((recorded - own).abs() > allowed).any()
 
     def take(self, key: tuple[int, int], call: Call, g: Tensor) -> bool:
@@ -121,7 +126,7 @@ class Attribution:
         lengths = torch.tensor(rows.cu.lengths)
         weight = on_device(self._weights.repeat_interleave(lengths), g.device)
         of_call = segment_sum(size.square()[:, None], rows.cu).amax().sqrt()
-        allowed = OF_ROW[self.precision] * size + OF_CALL[self.precision] * of_call
+        allowed = _ROW_TOLERANCE[self.precision] * size + _CALL_TOLERANCE[self.precision] * of_call
         self._compared.append((where, (moved / weight - still).abs(), allowed, of_call))
 
     def conclude(self) -> None:
@@ -135,7 +140,7 @@ class Attribution:
             return
         device = self._compared[0][-1].device
         largest = torch.stack([scale.to(device) for *_, scale in self._compared]).amax()
-        floor = OF_ALL[self.precision] * largest
+        floor = _OVERALL_TOLERANCE[self.precision] * largest
         # A number that is not finite does not count as wrong: the caller sees it.
         wrong = [
             (off > allowed + floor.to(off.device)).any().to(device)
@@ -147,8 +152,8 @@ class Attribution:
         rows = found.tolist()
         if self._losses is not None and rows.pop():
             raise UnsupportedModelError(
-                "model: it uses positions of all samples together in another way than to add them "
-                "to each; run it one sample at a time"
+                "model: it does more with its shared position ids than add a position embedding to "
+                "each sample, so samples cannot be told apart; run it one sample at a time"
             )
         for (where, *_), is_wrong in zip(self._compared, rows, strict=True):
             if is_wrong:
@@ -172,29 +177,3 @@ class Attribution:
             noise = torch.randn(g.shape[-1], generator=generator, dtype=torch.float64)
             self._directions[place] = on_device(noise, g.device)
         return (g @ self._directions[place].to(g.dtype)).double()
-
-
-def code_of(function: Callable[..., Any]) -> Hashable:
-    """A key of a function: its code, and the plain values in its closure.
-
-    A function that is made anew has the same key. A partial has the key of the function inside, any
-    other callable that of its type.
-    """
-    if isinstance(function, partial):
-        return code_of(function.func)
-    inner: Any = getattr(function, "__func__", function)
-    if not hasattr(inner, "__code__"):
-        return id(type(function))
-    cells = [cell.cell_contents for cell in inner.__closure__ or ()]
-    return inner.__code__, tuple(x for x in cells if isinstance(x, _PLAIN))
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-PRECISIONS = {
-    torch.float64: "double",
-    torch.float32: "single",
-    torch.bfloat16: "half",
-    torch.float16: "half",
-}

@@ -1,8 +1,9 @@
-"""Models as others write them: what is refused, what is unwrapped, and what is off meanwhile.
+"""Models as others write them: checks, sizes, unwrapping, and code that is off for a while.
 
-Compiled modules and activation checkpointing compute the same function in another way: by code that
-knows nothing of hooks, and by running parts of the forward again inside the backward. Here both are
-off for as long as hooks watch, and so are rotary frequencies that a longer sequence left behind.
+Compiled modules and activation checkpointing compute the same function in another way. Compiled
+code knows nothing of hooks, and checkpointing runs parts of the forward again inside the backward.
+Both are off for as long as hooks watch (`eagerly`). Rotary frequencies that a longer sequence left
+behind are reset for a forward (`frequencies_at_first`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from geffect_fast.ranks import Ranks
 from geffect_fast.transfer import are_finite
 
 COMPILED = "_orig_mod."
-"""What `torch.compile` puts into the names of a module's parameters."""
+"""The prefix that `torch.compile` puts into the names of a module's parameters."""
 
 
 def check_is_model(model: object, what: str = "model") -> None:
-    """Raise `InputError` where `what` is something else, such as the path of a model."""
+    """Raise `InputError`, which calls it `what`, where `model` is no module, such as a path."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"{what}: expected a loaded model, got {type(model).__name__}; load it with "
@@ -35,7 +36,7 @@ def check_is_model(model: object, what: str = "model") -> None:
 
 def is_shared_out(x: Tensor) -> bool:
     """Whether FSDP2 has given this rank a part of a tensor."""
-    # Importing what it is an instance of takes most of a second, which nothing else needs.
+    # Importing `torch.distributed.tensor` takes most of a second, and nothing else needs it.
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(x, tensor.DTensor)
 
@@ -47,37 +48,37 @@ def is_fsdp_group(module: nn.Module) -> bool:
 
 
 def own_kind(module: nn.Module) -> type[nn.Module]:
-    """A module's class, as it was before `fully_shard` put its own before it."""
+    """A module's class from before `fully_shard` put its own class in front."""
     return type(module).__mro__[2] if is_fsdp_group(module) else type(module)
 
 
 def fsdp_groups(model: nn.Module) -> list[Any]:
-    """The modules of a model that `fully_shard` has wrapped, in its order."""
+    """The modules of a model that `fully_shard` has wrapped, in the model's order."""
     return [module for module in model.modules() if is_fsdp_group(module)]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has shared out parameters of a model, though one may be whole at the moment."""
+    """Whether FSDP2 has shared out a model's parameters, even if one is whole at the moment."""
     return bool(fsdp_groups(model)) or any(map(is_shared_out, model.parameters()))
 
 
 def put_to_rest(model: nn.Module) -> None:
-    """Have a model hold its parts of what is shared out; a root keeps the whole after a forward."""
+    """Have every FSDP group of a model hold parts again; a root stays whole after a forward."""
     for group in fsdp_groups(model):
         group.reshard()
 
 
 def own_part(x: Tensor) -> Tensor:
-    """This rank's part of what is shared out; else all of it."""
+    """This rank's part of a tensor that is shared out; any other tensor as it is."""
     return x.to_local() if is_shared_out(x) else x  # type: ignore[attr-defined]
 
 
 def check_finite(model: nn.Module, name: str = "model") -> None:
-    """Every parameter and buffer of a model is there and finite.
+    """Check that every parameter and buffer of a model is there and finite.
 
     Raises:
-        InputError: naming the first tensor without numbers, on the device `meta`.
-        NonFiniteError: naming the first tensor that is not finite.
+        InputError: a tensor has no numbers, being on the device `meta`; the first is named.
+        NonFiniteError: a tensor is not finite; the first is named.
     """
     every = [*model.named_parameters(), *model.named_buffers()]
     for key, tensor in every:
@@ -92,13 +93,13 @@ def check_finite(model: nn.Module, name: str = "model") -> None:
         if not is_good:
             n_bad = int((~torch.isfinite(own_part(tensor.detach()))).sum())
             raise NonFiniteError(
-                f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "
-                "save the model again from a healthy checkpoint"
+                f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values",
+                remedy="save the model again from a healthy checkpoint",
             )
 
 
 def check_replicas(model: nn.Module, ranks: Ranks, what: str = "model") -> None:
-    """Raise `InputError` naming the first parameter that ranks have different weights of."""
+    """Raise `InputError` naming the first parameter or buffer that differs between ranks."""
     if ranks.size == 1 or is_sharded(model):
         return
     every = dict((*model.named_parameters(), *model.named_buffers()))
@@ -107,7 +108,7 @@ def check_replicas(model: nn.Module, ranks: Ranks, what: str = "model") -> None:
     trained = [key for key, p in model.named_parameters() if p.requires_grad]
     ranks.check_same({what: f"{len(numbers)} tensors, and trains {', '.join(trained)}"})
     for rank, others in enumerate(told := ranks.meet(torch.stack(sizes).cpu())):
-        # On other hardware the same weights' norm may round otherwise.
+        # The norm of the same weights may round differently on other hardware.
         apart = (others - told[0]).abs() > 1e-6 * told[0]
         if apart.any():
             key = list(numbers)[int(apart.nonzero()[0])]
@@ -118,9 +119,9 @@ def check_replicas(model: nn.Module, ranks: Ranks, what: str = "model") -> None:
 
 
 def mixing_module(model: nn.Module) -> str | None:
-    """The first module whose gradients are random or depend on other samples, why, and what to do.
+    """A sentence on the first module whose gradients are random or depend on other samples.
 
-    None where there is no such module.
+    It says why, and what to do. None where there is no such module.
     """
     for name, module in model.named_modules():
         where = f"'{name or type(module).__name__}'"
@@ -144,10 +145,10 @@ def mixing_module(model: nn.Module) -> str | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where it was given inside `torch.compile`.
+    """The model without the wrapper of `torch.compile`.
 
     Raises:
-        UnsupportedModelError: it is given inside a wrapper that spreads it over devices.
+        UnsupportedModelError: the model is inside a wrapper that spreads it over devices.
     """
     while hasattr(model, "_modules") and "_orig_mod" in model._modules:
         model = model.get_submodule("_orig_mod")
@@ -167,7 +168,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what `torch.compile` of a module puts into it."""
+    """The name of a parameter without the prefix that `torch.compile` puts into it."""
     return name.replace(COMPILED, "")
 
 
@@ -175,7 +176,7 @@ def plain_name(name: str) -> str:
 def eagerly(model: nn.Module) -> Iterator[None]:
     """Inside, nothing of `model` runs compiled, and no activation is computed a second time.
 
-    Also left out is the fused path of `nn.TransformerEncoderLayer`, which passes its modules by.
+    The fused path of `nn.TransformerEncoderLayer`, which bypasses the layer's modules, is off too.
     """
     checkpointed: list[Any] = [
         m for m in model.modules() if vars(m).get("gradient_checkpointing") is True
@@ -199,8 +200,9 @@ _FUSED = {
     "_attn_implementation": (("flash", "flex"), "sdpa"),
     "_experts_implementation": (("grouped", "gemm"), "eager"),
 }
-"""Settings of transformers: what the names of code without a forward-mode derivative hold, and what
-computes the same in its place. Names known to nobody are left: whether they have one shows."""
+"""Settings of transformers: words in the names of code without a forward-mode derivative, and the
+name of code that computes the same instead. Unknown names are left: the check of the forward engine
+shows whether they have a derivative."""
 
 
 @contextmanager
@@ -224,16 +226,16 @@ def forward_differentiable(model: nn.Module) -> Iterator[None]:
 # ---- peft ----
 
 
-def signed(model: nn.Module) -> nn.Module:
+def with_signature(model: nn.Module) -> nn.Module:
     """The module whose `forward` names the arguments that `model` takes.
 
-    A model of peft hands on what it does not know to the model inside, except where it puts a soft
-    prompt before the input: positions mean something else there.
+    A peft model passes arguments that it does not know to the model inside. Where peft puts a soft
+    prompt before the input, positions mean something else, and the peft model itself is returned.
     """
     model = unwrapped(model)
     if not _is_peft(model) or puts_prompt(model):
         return model
-    return signed(model.base_model.model)  # type: ignore[union-attr, arg-type]
+    return with_signature(model.base_model.model)  # type: ignore[union-attr, arg-type]
 
 
 def puts_prompt(model: nn.Module) -> bool:
@@ -251,9 +253,9 @@ def _is_peft(model: nn.Module) -> bool:
 def check_adapters(model: nn.Module) -> None:
     """Raise `UnsupportedModelError` naming a trainable LoRA on a parameter, not on a module.
 
-    Such wrappers (`target_parameters`) are nested, and write into the base model's weights whenever
-    they run: neither can one be run again without the others, nor a graph be used after another
-    forward.
+    The wrappers of such parameters (`target_parameters`) are nested, and write into the base
+    model's weights whenever they run. So no wrapper can be run again without the others, and no
+    graph can be used after another forward.
     """
     if "peft" not in sys.modules:
         return
@@ -270,13 +272,13 @@ def check_adapters(model: nn.Module) -> None:
 
 # ---- rotary positions whose frequencies follow the longest sequence of a forward ----
 #
-# Of two of transformers' kinds, `dynamic` and `longrope`, a sequence longer than the model was
-# first trained on changes the frequencies of whatever shares its forward; `dynamic` keeps them for
-# later forwards too.
+# Two of transformers' kinds, `dynamic` and `longrope`, change their frequencies for a sequence
+# longer than those that the model was first trained on. All sequences of the same forward get the
+# changed frequencies; `dynamic` keeps them for later forwards too.
 
 
 def still_up_to(model: nn.Module) -> float:
-    """Tokens of the longest sequence with which no frequency of `model` changes; inf: of any."""
+    """Tokens of the longest sequence that changes no frequency of `model`; inf where none does."""
     limits = [math.inf]
     modules: Iterator[Any] = model.modules()
     for module in modules:
@@ -290,11 +292,47 @@ def still_up_to(model: nn.Module) -> float:
     return min(limits)
 
 
+def text_config(model: nn.Module) -> Any:
+    """A model's config; of a model that reads images too, the part of it that is of text."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "get_text_config", lambda: config)()
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Number of tokens in a model's vocabulary; None where its config does not give the number."""
+    size = getattr(text_config(model), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def made_for_positions(model: nn.Module) -> int | None:
+    """Number of positions in a model's config; None for no limit, which XLNet writes as -1."""
+    n_positions = getattr(text_config(model), "max_position_embeddings", None)
+    return n_positions if isinstance(n_positions, int) and n_positions > 0 else None
+
+
+def table_of_positions(model: nn.Module) -> int | None:
+    """Number of positions in a model's table of positions; None for a model without a table.
+
+    Some models' tables have a few more rows than positions.
+    """
+    n_positions = made_for_positions(model)
+    if n_positions is None or not isinstance(model, nn.Module):
+        return None
+    tokens = getattr(model, "get_input_embeddings", lambda: None)()
+    found = any(
+        isinstance(module, nn.Embedding)
+        and module is not tokens
+        and 0 <= module.num_embeddings - n_positions < 8
+        for module in model.modules()
+    )
+    return n_positions if found else None
+
+
 @contextmanager
 def frequencies_at_first(model: nn.Module) -> Iterator[None]:
-    """Inside, no frequency is left over from a longer sequence before; afterwards it is again.
+    """Inside, frequencies that an earlier, longer sequence changed are reset; afterwards put back.
 
-    For one forward, of sequences of one length or of none longer than `still_up_to`.
+    Meant for one forward, of sequences of one length or of none longer than `still_up_to`.
     """
     found: list[tuple[Any, dict[str, Any]]] = []
     for module in model.modules():
@@ -310,7 +348,7 @@ def frequencies_at_first(model: nn.Module) -> Iterator[None]:
 
 
 def _start_again(module: Any, prefix: str) -> dict[str, Any]:
-    """Give a rotary module its first frequencies; what was there, by the attribute's name."""
+    """Give a rotary module its first frequencies; return the earlier values by attribute name."""
     inv_freq, longest = f"{prefix}inv_freq", f"{prefix}max_seq_len_cached"
     before = {inv_freq: getattr(module, inv_freq)}
     before[longest] = getattr(module, longest, module.max_seq_len_cached)
@@ -323,8 +361,10 @@ def _start_again(module: Any, prefix: str) -> dict[str, Any]:
 
 
 def _kinds(module: nn.Module) -> list[tuple[str, str]]:
-    """The kinds of rotary positions that a module makes, each with what its buffers' names begin
-    with: nothing, or a kind of layer."""
+    """The kinds of rotary positions that a module makes, each with its buffers' prefix.
+
+    Names of buffers begin with the prefix, which is empty, or a kind of layer and an underscore.
+    """
     kinds = getattr(module, "rope_type", None)
     if isinstance(kinds, dict):
         return [(str(kind), f"{layer}_") for layer, kind in kinds.items()]

@@ -114,7 +114,7 @@ class _EqualParts:
         ]
 
 
-def next_ahead(items: Iterable[T]) -> Iterator[T]:
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
     """Yield the same items, each after the next one is made, whose exchange has then begun."""
     before: list[T] = []
     for item in items:
@@ -123,6 +123,6 @@ def next_ahead(items: Iterable[T]) -> Iterator[T]:
     yield from before
 
 
-def share_of(own: int, lengths: Sequence[int]) -> slice:
+def rows_of_holder(own: int, lengths: Sequence[int]) -> slice:
     """The place of the rows of holder `own` among all holders' rows."""
     return [slice(*ends) for ends in pairwise(accumulate(lengths, initial=0))][own]

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.precision import widened
 from geffect_fast.capture.segments import Offsets
+from geffect_fast.precision import widened
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from functools import partial
 from typing import Any
@@ -66,7 +66,7 @@ class GenericCall(Call):
                 f"module '{self.where}' cannot be run again on the same input ({replay.reason}), "
                 "so its share cannot be told apart by sample; freeze it"
             ) from replay.error
-        if not all(map(_alike, again, self.returned)):
+        if not all(map(_same_up_to_order, again, self.returned)):
             raise UnsupportedModelError(
                 f"module '{self.where}' does not return the same when it is run again on the same "
                 "input (it is random, or depends on what surrounds it), so its share cannot be "
@@ -82,30 +82,37 @@ class GenericCall(Call):
             position: self.rows(segments, g if segments.n_samples > 1 else g[..., None])
             for position, (_, g) in used.items()
         }
-        formed: dict[int | None, tuple[Tensor | None, ...]] = {}
+        names, n = [*leaves], segments.n_samples
+        groups = _in_groups([leaf.numel() for leaf in leaves.values()], n)
+        formed: dict[tuple[str, int | None], Tensor] = {}
 
-        def vjp(i: int | None) -> tuple[Tensor | None, ...]:
-            """The gradients of sample `i`; for None those of all samples together."""
-            if i not in formed:
-                # Only the last result is kept, which serves all parameters where one after the
-                # other asks for the same: for a single sample, and for all samples together.
+        def vjp(local: str, group: list[str], i: int | None = None) -> Tensor:
+            """One parameter's gradient of sample `i`; for None that of all samples together.
+
+            Those of other parameters and samples that the same backwards give are kept until
+            another one is asked for.
+            """
+            if (local, i) not in formed:
                 formed.clear()
-                masked = [
-                    g if i is None else rows[position].only(g, i)
-                    for position, (_, g) in used.items()
-                ]
-                formed[i] = (
-                    torch.autograd.grad(
-                        [y for y, _ in used.values()],
-                        list(leaves.values()),
-                        masked,
-                        retain_graph=True,
-                        allow_unused=True,
-                    )
-                    if used
-                    else (None,) * len(leaves)
-                )
-            return formed[i]
+                several = range(n) if len(group) > 1 else [i]
+                for each in [None] if i is None else several:
+                    asked = names if i is None else group
+                    masked = [
+                        g if each is None else rows[position].only(g, each)
+                        for position, (_, g) in used.items()
+                    ]
+                    found: Sequence[Tensor | None] = [None] * len(asked)
+                    if used:
+                        found = torch.autograd.grad(
+                            [y for y, _ in used.values()],
+                            [leaves[k] for k in asked],
+                            masked,
+                            retain_graph=True,
+                            allow_unused=True,
+                        )
+                    for k, grad in zip(asked, found, strict=True):
+                        formed[k, each] = torch.zeros_like(leaves[k]) if grad is None else grad
+            return formed[local, i]
 
         def jvp(local: str, direction: Tensor) -> list[Tangent] | None:
             moved = self._tangents(leaves, local, direction)
@@ -116,12 +123,10 @@ class GenericCall(Call):
                 for position, at in rows.items()
             ]
 
-        for k, (local, leaf) in enumerate(leaves.items()):
-            one = _nth(vjp, k, leaf)
-            yield (
-                self.names[local],
-                Explicit(one, partial(one, None), partial(jvp, local), segments.n_samples),
-            )
+        for group in ([names[k] for k in each] for each in groups):
+            for local in group:
+                one = partial(vjp, local, group)
+                yield self.names[local], Explicit(one, one, partial(jvp, local), n)
 
     def _tangents(
         self, leaves: dict[str, Tensor], local: str, direction: Tensor
@@ -169,7 +174,7 @@ class GenericCall(Call):
         return tensors_of(returned[-1])
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
+def _same_up_to_order(x: Tensor, y: Tensor) -> bool:
     """Whether two results of one computation differ by no more than the order of sums explains."""
     x, y = x.detach(), y.detach()
     if x.shape != y.shape or torch.equal(x, y):
@@ -178,11 +183,18 @@ def _alike(x: Tensor, y: Tensor) -> bool:
     return bool(((x - y).abs() <= bound).logical_or(x.isnan() & y.isnan()).all())
 
 
-def _nth(
-    vjp: Callable[[int | None], tuple[Tensor | None, ...]], k: int, leaf: Tensor
-) -> Callable[[int | None], Tensor]:
-    def gradient(i: int | None) -> Tensor:
-        grad = vjp(i)[k]
-        return torch.zeros_like(leaf) if grad is None else grad
+def _in_groups(sizes: Sequence[int], n: int) -> list[list[int]]:
+    """Numbers of parameters by groups, whose gradients are formed together, `n` of each.
 
-    return gradient
+    The gradients of a group of several take no more memory than one gradient of all parameters. One
+    backward for each group and sample forms them, in place of one for each parameter and sample.
+    """
+    groups: list[list[int]] = []
+    room = -1
+    for k in sorted(range(len(sizes)), key=sizes.__getitem__):
+        room -= n * sizes[k]
+        if room < 0:
+            groups.append([])
+            room = sum(sizes) - n * sizes[k]
+        groups[-1].append(k)
+    return groups

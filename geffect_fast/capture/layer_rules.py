@@ -23,7 +23,6 @@ from geffect_fast.capture.factors import (
     RowSum,
 )
 from geffect_fast.capture.inputs import NOTHING, Inputs, version_of
-from geffect_fast.capture.precision import widened
 from geffect_fast.capture.probing import (
     embedding_scale,
     is_linear,
@@ -35,6 +34,7 @@ from geffect_fast.capture.segments import Rows, Segments, segment_product, segme
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops import backend
 from geffect_fast.ops.reference import accumulation_dtype
+from geffect_fast.precision import widened
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Call:
         module: the module.
         names: its trainable parameters, local name (`weight`) to name in the model.
         inputs: the arguments of the call.
-        factor: the one number that the rule found out about the module (`fit`).
+        fitted: the one number that the rule found out about the module (`fit`).
         segments: the sample axis; None where it is not known.
         axes: the axis of the tokens in modules' outputs, as far as it is known (`Segments.rows`).
     """
@@ -55,7 +55,7 @@ class Call:
     module: nn.Module
     names: Mapping[str, str]
     inputs: Inputs
-    factor: float
+    fitted: float
     segments: Segments | None
     axes: dict[tuple[str, int], int]
 
@@ -68,7 +68,7 @@ class Call:
 
     @classmethod
     def fit(cls, module: nn.Module) -> float | None:
-        """The rule's `factor` for this module; None where the rule is not exact for the module."""
+        """The rule's `fitted` for this module; None where the rule is not exact for the module."""
         return 1.0 if runs_forward_of(module, cls) else None
 
     @property
@@ -131,7 +131,8 @@ def qualified(kind: type) -> str:
 
 
 MOST_TOKENS = 128 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
-"""Of a sample whose Gram matrix dot products form best: `kShortTokens` of `ghost_norm.cpp`."""
+"""Most tokens of a sample whose Gram matrix is formed best by dot products; `kShortTokens` of
+`ghost_norm.cpp`."""
 
 
 class InputGrams:
@@ -237,8 +238,8 @@ class EmbeddingCall(Call, serves="torch.nn.modules.sparse.Embedding"):
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         assert isinstance(self.module, nn.Embedding)
         ids, g = self.ids(rows), rows.flat(g)
-        if self.factor != 1.0:
-            g = g * self.factor
+        if self.fitted != 1.0:
+            g = g * self.fitted
         if self.module.padding_idx is not None:
             g = g.masked_fill((ids == self.module.padding_idx)[:, None], 0)
         yield self.names["weight"], Lookup(ids, g, rows.cu, len(self.module.weight))
@@ -308,7 +309,7 @@ class NormCall(Call):
         weight = self.module.get_parameter("weight")
         # Only the weight's shape is used: FSDP may not have its values at hand here.
         ones = torch.full(
-            weight.shape, 1.0 - self.factor, dtype=accumulation_dtype(weight.dtype), device=x.device
+            weight.shape, 1.0 - self.fitted, dtype=accumulation_dtype(weight.dtype), device=x.device
         )
         with torch.no_grad(), self.inputs.precision():
             return norm_with(self.module, ones, None, x)
@@ -344,5 +345,5 @@ class NormWeights:
 
 
 SMALLEST_WEIGHT = 1e-9
-"""Of a norm: its output, and even more so its product with a gradient, may have lost digits to
-underflow where it is less."""
+"""Smallest weight of a norm by which its output may be divided. Below it, the output, and even more
+so its product with a gradient, may have lost digits to underflow."""

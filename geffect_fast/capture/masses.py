@@ -25,10 +25,10 @@ from geffect_fast.capture.factors import (
     RowSum,
     n_samples,
     summed_gradient,
-    widened,
 )
-from geffect_fast.capture.products import in_own_precision, inner, table_cells
+from geffect_fast.capture.products import in_own_precision, inner, sum_of, table_cells
 from geffect_fast.capture.segments import Offsets, segment_sum
+from geffect_fast.precision import widened
 
 
 @in_own_precision
@@ -45,7 +45,7 @@ def opposed_masses(factors: list[Factor], signs: Tensor, zeros: bool) -> Tensor:
         whose sign is opposite to the other gradient's. The second is at most the first.
     """
     if all(isinstance(f, RowSum) for f in factors):
-        sums = torch.stack([f.sums for f in factors if isinstance(f, RowSum)]).sum(0)
+        sums = sum_of([f.sums for f in factors if isinstance(f, RowSum)])
         return _compared(sums, signs)
     outers = [f for f in factors if isinstance(f, Outer)]
     lookups = [f for f in factors if isinstance(f, Lookup)]
@@ -54,12 +54,12 @@ def opposed_masses(factors: list[Factor], signs: Tensor, zeros: bool) -> Tensor:
     if not single or len(outers) > 1 or len(lookups) > 1 or len(of_rows) < len(factors):
         formed = (summed_gradient(factors, i, signs.shape) for i in range(n_samples(factors[0])))
         return torch.cat([_compared(gradient[None], signs) for gradient in formed], dim=1)
-    mass = _added([_sizes(f) for f in of_rows])
-    opposing = mass - _added([inner(f, signs[None])[0].double() for f in of_rows])
+    mass = sum_of([_sizes(f) for f in of_rows])
+    opposing = mass - sum_of([inner(f, signs[None])[0].double() for f in of_rows])
     unsigned = (signs == 0).to(signs.dtype) if zeros else None
     if unsigned is not None:
         sizes = (inner(_with_sizes(f), unsigned[None])[0].double() for f in of_rows)
-        opposing -= _added([*sizes])
+        opposing -= sum_of([*sizes])
     if outers and lookups:
         # Both factors meet in the row that a sample looked up, where their sizes do not add up.
         ids, more = _beyond_outer(outers[0], lookups[0])
@@ -90,10 +90,6 @@ def _with_sizes(factor: Outer | Lookup) -> Outer | Lookup:
     if isinstance(factor, Outer):
         return replace(factor, a=factor.a.abs(), g=factor.g.abs())
     return replace(factor, g=factor.g.abs())
-
-
-def _added(terms: list[Tensor]) -> Tensor:
-    return torch.stack(terms).sum(0)
 
 
 def _beyond_outer(outer: Outer, lookup: Lookup) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,8 @@ def mesh_over(ranks: Ranks, device: torch.device, *, by_host: bool = False) -> D
     ranks.check_same({"shard hsdp, ranks of a host (LOCAL_WORLD_SIZE)": n})
     if not n or ranks.size % n:
         raise InputError(
-            f"shard: hsdp needs as many ranks on each host, and of {ranks.size} they have "
-            f"{n or 'no number'} (LOCAL_WORLD_SIZE); start them by torchrun, or give fsdp"
+            f"shard: hsdp needs equally many ranks on every host; there are {ranks.size} ranks, "
+            f"and LOCAL_WORLD_SIZE is {n or 'not set'}; start them by torchrun, or give fsdp"
         )
     numbers, names = torch.arange(ranks.size).view(-1, n), ("copies", "parts")
     known = [group for of in _of_hosts.get(ranks, []) if (group := of()) is not None]

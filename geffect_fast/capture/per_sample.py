@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.attribution import ANY, code_of
 from geffect_fast.capture.compat import eagerly
+from geffect_fast.capture.keys import function_key, model_key
 from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.recorder import Recorder, Recording, Sink
 from geffect_fast.capture.segments import Segments
@@ -26,12 +26,13 @@ def record_rows(
     axis: Segments,
     sink: Sink,
     recording: Recording,
+    key: Hashable = None,
 ) -> Tensor:
     """Hand the factors of every sample's gradient to `sink`; no weight gradient is formed.
 
-    The first call for a model, a loss function and a structure of calls runs one backward more,
-    which shows that rows belong to the samples they are counted for. If ranks share out the model,
-    all of them call this function, and all run every pass that any of them needs.
+    The first call for a model as it is, a loss function and a structure of calls runs one backward
+    more, which shows that rows belong to the samples they are counted for. If ranks share out the
+    model, all of them call this function, and all run every pass that any of them needs.
 
     Args:
         plan: the plan of the model.
@@ -39,6 +40,8 @@ def record_rows(
         batch: whatever `loss_fn` takes.
         axis: the rows of each sample.
         sink, recording: as `Recorder` takes them.
+        key: what to tell loss functions apart by; None: `function_key` of `loss_fn`, which has
+            another value for each batch where a function holds more of its batch than tensors.
 
     Returns:
         The losses `(n_samples,)`, detached.
@@ -48,6 +51,7 @@ def record_rows(
         UnsupportedModelError: rows that cannot be told apart by sample, or losses that depend on no
             trainable parameter of the model.
     """
+    key = function_key(loss_fn) if key is None else key, model_key(plan.model)
     while True:
         recorder = Recorder(plan, sink, axis, recording)
         with plan.frozen(), torch.enable_grad(), recorder:
@@ -61,8 +65,8 @@ def record_rows(
                     "loss_fn: the losses depend on no module with trainable parameters; call the "
                     "model that was given"
                 )
-            key, any_key = ((code_of(loss_fn), of) for of in (tuple(recorder.structure), ANY))
-            is_open = axis.n_samples > 1 and plan.learned.shown.isdisjoint((key, any_key))
+            structure = tuple(recorder.structure)
+            is_open = axis.n_samples > 1 and not plan.learned.is_shown(key, structure)
             if plan.on_any_rank(is_open):
                 trial = recorder.weigh(losses, leaves)
                 if plan.on_any_rank(recorder.gave_positions):
@@ -72,7 +76,7 @@ def record_rows(
             recorder.finish()
             if recorder.attribution is not None:
                 recorder.attribution.conclude()
-                plan.learned.shown.add(key)
+                plan.learned.note_shown(key, structure)
             return losses.detach()
 
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.compat import (
     check_adapters,
     check_is_model,
@@ -37,13 +38,13 @@ class Owner:
         module: the module.
         names: names of its trainable parameters in the model, by the module's own name for each.
         rule: the rule, which is the class of its calls.
-        factor: the number that the rule found out, such as the `1` in `1 + w` of a norm.
+        fitted: the number that the rule found out, such as the `1` in `1 + w` of a norm.
     """
 
     module: nn.Module
     names: dict[str, str]
     rule: type[Call]
-    factor: float
+    fitted: float
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,32 @@ class Learned:
 
     Attributes:
         called_again: names of modules that a forward calls more than once.
-        shown: pairs of a loss function and a structure of calls whose rows were shown to belong to
-            their samples, see `attribution.code_of` and `Recorder.structure`.
         served: the rules of the calls that each parameter took part in, by its name.
     """
 
     called_again: set[str] = field(default_factory=set)
-    shown: set[Hashable] = field(default_factory=set)
     served: dict[str, dict[type[Call], None]] = field(default_factory=dict)
+    _shown: dict[Hashable, set[Hashable]] = field(default_factory=dict)
+
+    def is_shown(self, key: Hashable, structure: Hashable) -> bool:
+        """Whether rows were shown to belong to their samples.
+
+        Args:
+            key: the key of the loss function and of the model, see `keys`.
+            structure: the structure of calls, see `Recorder.structure`.
+        """
+        return not self._shown.get(key, set()).isdisjoint((structure, ANY))
+
+    def note_shown(self, key: Hashable, structure: Hashable) -> None:
+        """Note that rows were shown to belong to their samples; `structure` may be `ANY`."""
+        self._shown[key] = self._shown.pop(key, set()) | {structure}
+        while len(self._shown) > _MOST_KEYS:
+            del self._shown[next(iter(self._shown))]
+
+
+_MOST_KEYS = 16
+"""Keys that a model remembers, the last ones: a loss function that is new at each step has new
+ones."""
 
 
 _LEARNED: WeakKeyDictionary[nn.Module, Learned] = WeakKeyDictionary()
@@ -140,8 +159,8 @@ class Plan:
         if is_sharded(model):
             if not may_be_sharded:
                 raise UnsupportedModelError(
-                    "model: FSDP shares out its parameters, which profiles, trainings and "
-                    "evaluations know of, and this does not; give it whole"
+                    "model: FSDP shares out its parameters; profiles, trainings and evaluations "
+                    "support this, this function does not: give it the whole model"
                 )
             shards = Shards(model, here())
         why = mixing_module(model)
@@ -174,8 +193,8 @@ class Plan:
                 # `rule_for` tries the module with its weights, which must be whole.
                 groups = shards.groups_of([parameters[k] for k in of.values()])
             with nullcontext() if shards is None else shards.unsharded(groups):
-                rule, factor = (GenericCall, 1.0) if nested else rule_for(module, tried)
-            owners[where] = Owner(module, of, rule, factor)
+                rule, fitted = (GenericCall, 1.0) if nested else rule_for(module, tried)
+            owners[where] = Owner(module, of, rule, fitted)
         learned = _LEARNED.setdefault(model, Learned())
         return cls(model, parameters, owners, learned, shards=shards)
 
@@ -222,7 +241,7 @@ class Plan:
         weights = {where: own.module.get_parameter("weight") for where, own in rules.items()}
         at_hand = self.shards is None
         return {
-            w: (p.detach(), rules[w].factor) for w, p in weights.items() if p.is_cpu and at_hand
+            w: (p.detach(), rules[w].fitted) for w, p in weights.items() if p.is_cpu and at_hand
         }
 
     def product_shares(self, columns: Sequence[int]) -> list[float]:
@@ -237,11 +256,12 @@ class Plan:
             if not isinstance(own.module, nn.Embedding)
             for name in own.names.values()
         }
-        shares = torch.zeros(max(columns) + 1, dtype=torch.float64)
+        elements = [0.0] * (max(columns) + 1)
         for (name, p), column in zip(self.parameters.items(), columns, strict=True):
             if p.dim() > 1 and name in multiplied:
-                shares[column] += p.numel()
-        return (shares / shares.sum().clamp(min=1)).tolist()
+                elements[column] += p.numel()
+        whole = max(sum(elements), 1.0)
+        return [each / whole for each in elements]
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -431,13 +451,13 @@ def _inside(inner: str, outer: str) -> bool:
 def rule_for(
     module: nn.Module, tried: dict[Hashable, tuple[type[Call], float]]
 ) -> tuple[type[Call], float]:
-    """The rule that is exact for `module`, and the factor that the rule found.
+    """The rule that is exact for `module`, and the number that the rule found out.
 
     The rule is that of the module's type, that of norms, or the generic one.
 
     Args:
         module: a module that owns trainable parameters.
-        tried: rules and factors of modules tried before, by `likeness`; this module's is added.
+        tried: rules and numbers of modules tried before, by `likeness`; this module's is added.
     """
     like = likeness(module)
     if like is not None and like in tried:

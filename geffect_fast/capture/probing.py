@@ -82,7 +82,7 @@ def is_linear(module: nn.Linear) -> bool:
 
     with Trying(), torch.enable_grad():
         return all(
-            _alike(found, expected)
+            _close(found, expected)
             for size in (1e-3, 1.0, 1e3)
             for found, expected in zip(
                 outcome(lambda x: forward_alone(module, parameters, (x,)), size),
@@ -93,7 +93,7 @@ def is_linear(module: nn.Linear) -> bool:
     return False
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
+def _close(found: Tensor, expected: Tensor) -> bool:
     rtol = 1e-2 if expected.dtype.itemsize < 4 else 1e-5
     return torch.allclose(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 

@@ -26,19 +26,19 @@ from geffect_fast.capture.factors import (
     gradient,
     n_samples,
     summed_gradient,
-    widened,
 )
 from geffect_fast.capture.segments import Offsets, segment_sum, sum_between
 from geffect_fast.ops import backend
 from geffect_fast.ops.ieee_fp32 import ieee_fp32, products_are_ieee
+from geffect_fast.precision import widened
 from geffect_fast.transfer import on_device
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 JVP_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
-"""How far a jvp and a vjp of one module may be apart, relative to the sum of sizes; fp64 models
-that compute in fp32 inside are why the first figure is not smaller."""
+"""Allowed difference between a jvp and a vjp of one module, relative to the sum of sizes. The first
+figure is not smaller because some fp64 models compute in fp32 inside."""
 
 
 def in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -217,7 +217,7 @@ def add_weighted_sum(factor: Outer | Lookup | RowSum, weights: Tensor, total: Te
 def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
     """`||grad_i||_F^2` of one parameter, cross terms between its factors included, `(n,)` fp64."""
     if all(isinstance(f, RowSum) for f in factors):
-        return _sum([f.sums for f in factors if isinstance(f, RowSum)]).square().sum(1)
+        return sum_of([f.sums for f in factors if isinstance(f, RowSum)]).square().sum(1)
     first = factors[0]
     if isinstance(first, GramOuter) or (isinstance(first, Outer) and len(factors) == 1):
         return squared_norms_of_one_input([first])  # a `GramOuter` is its parameter's only factor
@@ -241,10 +241,11 @@ def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
             own = zip(outer.cu, lookup.cu, strict=True)
             cross = [_lookup_gram(outer, r, lookup, s).sum() for r, s in own]
             terms.append(2.0 * torch.stack(cross))
-    return _sum(terms)
+    return sum_of(terms)
 
 
-def _sum(terms: list[Tensor]) -> Tensor:
+def sum_of(terms: list[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, without a copy of a single one."""
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
@@ -286,7 +287,7 @@ def _table_norms(lookups: list[Lookup]) -> Tensor:
 @in_own_precision
 def pairwise(a: Sequence[Factor], b: Sequence[Factor], shape: torch.Size) -> Tensor:
     """`<grad_i, grad_j>` of one parameter for every sample `i` of `a` and `j` of `b`, fp64."""
-    return _sum([_pairwise(x, y, shape) for x in a for y in b])
+    return sum_of([_pairwise(x, y, shape) for x in a for y in b])
 
 
 def _pairwise(x: Factor, y: Factor, shape: torch.Size) -> Tensor:

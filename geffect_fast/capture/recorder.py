@@ -106,7 +106,7 @@ class Recorder:
         self._norm_weights = NormWeights(plan.norms())
         self._condensed: set[str] = set()
         self._condensable: set[str] = set()
-        """Modules whose parameters nobody else owns, as far as known called once."""
+        """Modules whose parameters no other module owns, and of which no second call is known."""
         if recording.norms_alone:
             owners = Counter(k for own in plan.owners.values() for k in own.names.values())
             self._condensable = {
@@ -295,7 +295,7 @@ class Recorder:
         if inputs is not None or not isinstance(output, Tensor):
             rule = GenericCall
         inputs = Inputs.of(args, kwargs) if inputs is None else inputs
-        call = rule(where, module, names, inputs, own.factor, self.segments, self.plan.axes)
+        call = rule(where, module, names, inputs, own.fitted, self.segments, self.plan.axes)
         index = next(self._number)
         self.calls[index] = call
         for name in names.values():
@@ -323,7 +323,7 @@ class Recorder:
             grafted = tree_unflatten([self._graft(rule, y) for y in leaves], structure)
         for position, y in enumerate(tensors_of(grafted)):
             if self.segments is not None:
-                self.structure.append((where, rule, self.segments.likeness(y.shape[:-1])))
+                self.structure.append((where, rule, self.segments.axes_alike(y.shape[:-1])))
             arrived = partial(self._arrived, index, position, kept)
             self._handles.append(y.register_hook(arrived))
         return grafted

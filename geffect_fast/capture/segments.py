@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.precision import widened
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops import backend
 from geffect_fast.ops.checks import check_cu_seqlens
+from geffect_fast.precision import widened
 from geffect_fast.transfer import on_device
 
 
@@ -148,7 +148,7 @@ class Segments:
     _certain: dict[tuple[int, ...], Rows] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """What `rows` answers whatever the module: a model's modules are called with few shapes."""
+    """Answers of `rows` that are the same for every module; modules are called with few shapes."""
     _placed: dict[tuple[int, ...], Rows] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -196,7 +196,7 @@ class Segments:
             return self.n_samples // self.length
         return self.n_samples * self.rows_per_sample
 
-    def likeness(self, shape: Sequence[int]) -> tuple[tuple[bool, ...], ...]:
+    def axes_alike(self, shape: Sequence[int]) -> tuple[tuple[bool, ...], ...]:
         """Flags for each axis of a shape: the batch's own numbers that the axis equals.
 
         `rows` goes by nothing else.

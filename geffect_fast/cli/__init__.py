@@ -42,7 +42,7 @@ EXIT_CODES = (
     "'error: ...' on stderr and nothing written; 3 check found a deviation, or a run of several "
     "steps stopped and kept those it had written, or a plot or page could not be made; 1 "
     "unexpected failure; 130 interrupted, 143 by "
-    "SIGTERM, 129 by SIGHUP; 141 nobody reads what is printed."
+    "SIGTERM, 129 by SIGHUP; 141 the output's reader has gone."
 )
 COMMANDS = (
     profile.profile,

@@ -25,7 +25,7 @@ def compare(
         option(
             "--out",
             "-o",
-            help="Folder for tables and plots; compare where left out.",
+            help="Folder for tables and plots; by default compare/.",
             parser=given_path,
         ),
     ] = Path("compare"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from geffect_fast.cli.evaluation import checked_values, run
+from geffect_fast.cli.evaluation import checked_values, run_evaluation
 from geffect_fast.cli.options import (
     CONTROL_FIELDS,
     ConfigFile,
@@ -59,4 +59,4 @@ def control(
 
     from geffect_fast.measure.execute_control import execute_control
 
-    run(execute_control, checked, out, config, overwrite, quiet, save=save)
+    run_evaluation(execute_control, checked, out, config, overwrite, quiet, save=save)

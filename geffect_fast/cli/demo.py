@@ -14,7 +14,7 @@ from geffect_fast.visible import one_line
 
 def demo(
     out: Out = Path("demo-run"),
-    seed: Annotated[int, typer.Option(help="Decides data, model and order.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of data, model and order.", min=0)] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:

@@ -37,7 +37,7 @@ def env() -> None:
     for key, value in info.items():
         print(f"build         {key}: {value}")
     if not info:
-        print("build         does not say how it was made")
+        print("build         no information")
     print()
     rows = [("op", "device", "provider", "why"), *map(tuple, providers())]
     width = max(len(op) for op, *_ in rows)

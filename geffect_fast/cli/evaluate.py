@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from geffect_fast.cli.evaluation import checked_values, run
+from geffect_fast.cli.evaluation import checked_values, run_evaluation
 from geffect_fast.cli.options import (
     EVALUATE_FIELDS,
     ConfigFile,
@@ -59,8 +59,8 @@ def evaluate(
     if checked.suite == "survey":
         from geffect_fast.training.survey import execute_survey
 
-        return run(execute_survey, checked, out, config, overwrite, quiet)
+        return run_evaluation(execute_survey, checked, out, config, overwrite, quiet)
 
     from geffect_fast.measure.execute_evaluation import execute_evaluation
 
-    run(execute_evaluation, checked, out, config, overwrite, quiet)
+    run_evaluation(execute_evaluation, checked, out, config, overwrite, quiet)

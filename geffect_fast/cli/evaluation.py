@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from geffect_fast.arguments import checked_config
-from geffect_fast.cli.options import check_command, config_input
+from geffect_fast.cli.options import check_command, check_given, config_input
 from geffect_fast.cli.printing import print_evaluation
-from geffect_fast.errors import InputError
 from geffect_fast.settings import Settings
 
 C = TypeVar("C", bound=Settings)
@@ -36,13 +35,11 @@ def checked_values(
     """
     command = kind.model_fields["command"].default
     check_command(config, values.get("command", command), command)
-    for name in needed:
-        if values.get(name) is None:
-            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
+    check_given(values, needed)
     return checked_config(kind, {**values, "command": command}, str(config or ""), names)
 
 
-def run(
+def run_evaluation(
     execute: Callable[..., Any],
     checked: Settings,
     out: Path,

@@ -24,7 +24,7 @@ def objectives() -> None:
     }
     heads = ["objective", "what is descended on", "rows", "needs"]
     table = FittedTable(
-        f"Objectives, with their parameters as they are unless given ({REQUIRED}: has to be given)",
+        f"Objectives, with the default values of their parameters ({REQUIRED}: must be given)",
         heads,
         heads,
     )

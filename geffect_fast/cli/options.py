@@ -18,7 +18,7 @@ from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.relearn_settings import RelearnConfig
 from geffect_fast.setting_types import Option
 from geffect_fast.settings import Machine, ProfileConfig, Reading, Settings, Sharding
-from geffect_fast.storage.run_yaml import read_values
+from geffect_fast.storage.run_yaml import KINDS, read_values
 from geffect_fast.unlearn_settings import UnlearnConfig
 
 
@@ -259,14 +259,17 @@ _DECIDE_ROWS = {
 
 def check_command(config: Path | None, held: Any, *commands: str) -> None:
     """Raise `InputError` where a config file belongs to a command that is not in `commands`."""
-    if (
-        held in ("profile", "sweep", "unlearn", "evaluate", "control", "relearn")
-        and held not in commands
-    ):
+    if str(held) in KINDS and held not in commands:
         raise InputError(
-            f"config {config} is of {'an' if held[0] in 'eu' else 'a'} {held}; use geffect-fast "
-            f"{held} --config {config}"
+            f"config {config} is of a run of {held}; use geffect-fast {held} --config {config}"
         )
+
+
+def check_given(values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise `InputError` naming the first of some fields that has no value."""
+    for name in names:
+        if values.get(name) is None:
+            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
 
 
 def option_names(given: Iterable[str], **names: str) -> dict[str, str]:
@@ -277,22 +280,24 @@ def option_names(given: Iterable[str], **names: str) -> dict[str, str]:
 
 def _read(name: str, field: FieldInfo, value: Any) -> Any:
     """An option's value in the form that its field takes."""
-    if name in _FIELDS:
-        pairs = _pairs(name, f"FIELD=VALUE, such as {_FIELDS[name]}", value)
+    if name in _FIELD_EXAMPLES:
+        pairs = _pairs(name, f"FIELD=VALUE, such as {_FIELD_EXAMPLES[name]}", value)
         return {key: _plain_value(text) for key, text in pairs.items()}
-    if name in _PAIRS:
-        return _pairs(*_PAIRS[name], value)
+    if name in _PAIR_FORMS:
+        return _pairs(*_PAIR_FORMS[name], value)
     if _type_of(field) is tuple and isinstance(value, str):
         return [item.strip() for item in value.split(",")]
     return value
 
 
-_FIELDS = {"trainer": "weight_decay=0.01", "relearn": "steps=20"}
+_FIELD_EXAMPLES = {"trainer": "weight_decay=0.01", "relearn": "steps=20"}
+"""An example of a value of each option that holds `FIELD=VALUE`."""
 
-_PAIRS = {
+_PAIR_FORMS = {
     "probes": ("probe", "NAME=DATA, such as general=wiki.jsonl"),
     "groups": ("group", "NAME=BLOCKS, such as first=0-3"),
 }
+"""The option's name and the form of its values, for each field that is set by `NAME=VALUE`."""
 
 
 def _pairs(what: str, form: str, texts: list[str]) -> dict[str, str]:

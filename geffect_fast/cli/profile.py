@@ -15,6 +15,7 @@ from geffect_fast.cli.options import (
     Resume,
     begun_config,
     check_command,
+    check_given,
     config_input,
     config_options,
     option_names,
@@ -41,10 +42,10 @@ def profile(
     --checkpoints 'out/checkpoint-*' the folder also gets steps/, with one file for each checkpoint
     while the run goes on, and --resume goes on with a run that was stopped.
     """
-    run("profile", given, config, out, overwrite, quiet, resume)
+    run_profile("profile", given, config, out, overwrite, quiet, resume)
 
 
-def run(
+def run_profile(
     command: str,
     given: dict[str, Any],
     config: Path | None,
@@ -72,9 +73,7 @@ def run(
     held = values.get("command", command)
     check_command(config, held, "profile", *(["sweep"] if command == "sweep" else []))
     needed = ("forget", "retain", "objectives")
-    for name in needed if values.get("checkpoints") else ("model", *needed):
-        if values.get(name) is None:
-            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
+    check_given(values, needed if values.get("checkpoints") else ("model", *needed))
     values = values | {"command": command if held == "profile" else held}
     checked = make_config(values, str(config or ""), option_names(given))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from geffect_fast.cli.evaluation import checked_values, run
+from geffect_fast.cli.evaluation import checked_values, run_evaluation
 from geffect_fast.cli.options import (
     RELEARN_FIELDS,
     ConfigFile,
@@ -43,4 +43,4 @@ def relearn(
 
     from geffect_fast.training.execute_relearn import execute_relearn
 
-    run(execute_relearn, checked, out, config, overwrite, quiet)
+    run_evaluation(execute_relearn, checked, out, config, overwrite, quiet)

@@ -47,15 +47,9 @@ def report(
     from geffect_fast.storage.disk import unwritable
     from geffect_fast.storage.evaluation import holds_evaluation, open_evaluation
     from geffect_fast.storage.lock import locked
-    from geffect_fast.storage.manifest import check_file, note
-    from geffect_fast.storage.run_folder import (
-        CONFIG,
-        REPORT,
-        open_run,
-        own_files,
-        reading,
-        run_names,
-    )
+    from geffect_fast.storage.manifest import add_to_manifest, check_file
+    from geffect_fast.storage.results_file import reading
+    from geffect_fast.storage.run_folder import CONFIG, REPORT, open_run, own_files, run_names
     from geffect_fast.storage.run_yaml import read_values
     from geffect_fast.storage.save_run import add_report
 
@@ -76,7 +70,7 @@ def report(
         if out is None and is_there(file) and REPORT not in own_files(folders[0]):
             raise InputError(f"report {file}: no run made that; name another page, --out")
     except OSError as error:
-        raise unwritable(f"report {out}", "--out", error) from None
+        raise unwritable(f"report {file}", "--out", error) from None
     names = run_names(runs)
     with ExitStack() as stack:
         opened, configs = {}, {}
@@ -93,7 +87,7 @@ def report(
         with locked(folders[0]) if out is None else nullcontext():
             write_page(opened, file, configs=configs)
             if out is None:
-                note(folders[0], REPORT)
+                add_to_manifest(folders[0], REPORT)
                 missing = partial(write_report, held=folders[0])
                 add_report(folders[0], next(iter(opened.values())), missing)
     print(one_line(str(file)))

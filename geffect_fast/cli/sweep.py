@@ -14,7 +14,7 @@ from geffect_fast.cli.options import (
     Quiet,
     config_options,
 )
-from geffect_fast.cli.profile import run
+from geffect_fast.cli.profile import run_profile
 
 
 @config_options(SWEEP_FIELDS)
@@ -45,4 +45,5 @@ def sweep(
     replays the run.
     """
     listed = [*given.get("objectives", []), *(more or [])]
-    run("sweep", given | ({"objectives": listed} if listed else {}), config, out, overwrite, quiet)
+    given = given | ({"objectives": listed} if listed else {})
+    run_profile("sweep", given, config, out, overwrite, quiet)

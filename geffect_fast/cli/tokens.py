@@ -13,26 +13,30 @@ from geffect_fast.visible import one_line
 def tokens(
     run: Run,
     objective: Annotated[
-        str | None, option("--objective", help="As the run's tables call it; else its first.")
+        str | None,
+        option(
+            "--objective", help="Objective, by its name in the run's tables; by default the first."
+        ),
     ] = None,
     samples: Annotated[
-        int | None, option("--samples", help="How many forget rows: 5, in a page 20.")
+        int | None, option("--samples", help="Number of forget rows; by default 5, in a page 20.")
     ] = None,
     by: Annotated[
         str | None,
         option(
             "--by",
-            help="Which: first, removal (those of lowest e_u) or damage (those of lowest e_r).",
+            help="Choice of rows: first, removal (lowest e_u) or damage (lowest e_r).",
         ),
     ] = None,
     rows: Annotated[
-        str | None, option("--rows", help="Rows by number in place of these two: 3,7,retain:2.")
+        str | None,
+        option("--rows", help="Rows by number, in place of --samples and --by: 3,7,retain:2."),
     ] = None,
     html: Annotated[
         Path | None,
         option(
             "--html",
-            help="Write a page with all objectives here, and print its name alone.",
+            help="HTML page with all objectives to write; only its name is printed.",
             parser=given_path,
         ),
     ] = None,
@@ -49,7 +53,8 @@ def tokens(
     from geffect_fast.report.tokens.terminal import TerminalView
     from geffect_fast.report.tokens.view import token_view
     from geffect_fast.storage.disk import whole_file
-    from geffect_fast.storage.run_folder import open_run, reading
+    from geffect_fast.storage.results_file import reading
+    from geffect_fast.storage.run_folder import open_run
 
     named = None if rows is None else [row for row in rows.split(",") if row.strip()]
     with open_run(run, lazy=True) as result, reading(run):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from geffect_fast.arguments import checked_config
@@ -15,19 +14,17 @@ from geffect_fast.cli.options import (
     Resume,
     begun_config,
     check_command,
+    check_given,
     config_input,
     config_options,
     option_names,
     values_of,
 )
 from geffect_fast.cli.printing import print_result
-from geffect_fast.errors import InputError
 from geffect_fast.unlearn_settings import UnlearnConfig
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_NEEDED = ("model", "forget", "retain", "objective", "steps")
 
 
 @config_options(UNLEARN_FIELDS)
@@ -50,9 +47,7 @@ def unlearn(
     config = begun_config(config, out, resume)
     values = values_of(config, given)
     check_command(config, values.get("command", "unlearn"), "unlearn")
-    for name in _NEEDED:
-        if values.get(name) is None:
-            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
+    check_given(values, ("model", "forget", "retain", "objective", "steps"))
     checked = checked_config(UnlearnConfig, values, str(config or ""), option_names(given))
 
     from geffect_fast.report import write_report
@@ -69,32 +64,37 @@ def unlearn(
         overwrite=overwrite,
         progress=not quiet,
         report=write_report,
-        said=say,
+        on_decision=say,
         inputs=config_input(config, resume),
-        told=None if quiet else _telling(checked.steps),
+        on_probe=None if quiet else _ProbeLines(checked.steps),
     )
     if not quiet:
         print_result(dataset, out)
 
 
-def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
-    """A function that prints a line for each probe: risks, their changes, and effects on them.
+class _ProbeLines:
+    """A printer of a line for each probe: risks, their changes, and effects on them.
 
     Effects are of the objective trained on. Measures follow in a line for each metric. After the
     first probe there is a note where e_u is uncertain from the rows that are probed.
+
+    Args:
+        n_steps: number of updates of the training.
     """
 
-    begun = False
+    def __init__(self, n_steps: int) -> None:
+        self._n_steps = n_steps
+        self._begun = False
 
-    def tell(step: int, dataset: xr.Dataset) -> None:
-        nonlocal begun
+    def __call__(self, step: int, dataset: xr.Dataset) -> None:
+        """Print the lines of the probe after `step` updates."""
         from geffect_fast.report.format import number, risk_words
         from geffect_fast.results.risks import effect_name
         from geffect_fast.results.rows_needed import rows_note
         from geffect_fast.steps.probe import total_effect
 
         effects = total_effect(dataset).sel(objective=dataset.attrs["trained_objective"])
-        words = [f"step {step:>{len(str(n_steps))}}/{n_steps}"]
+        words = [f"step {step:>{len(str(self._n_steps))}}/{self._n_steps}"]
         for risk in map(str, dataset["risk"].values):
             at = dataset.sel(risk=risk)
             change = number(float(at["measured_change"]))
@@ -106,11 +106,9 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
         print("  ".join(words), flush=True)
         for line in _measures(dataset):
             print(f"{' ' * len(words[0])}  {line}", flush=True)
-        if not begun and (few := rows_note(dataset)):
+        if not self._begun and (few := rows_note(dataset)):
             print(few, flush=True)
-        begun = True
-
-    return tell
+        self._begun = True
 
 
 def _measures(dataset: xr.Dataset) -> list[str]:

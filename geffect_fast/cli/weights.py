@@ -32,7 +32,10 @@ def weights(
     ] = None,
     removal: Annotated[
         float | None,
-        option("--removal", help="In its place the e_u to reach, below 0, with least harm."),
+        option(
+            "--removal",
+            help="In place of --retain-budget: the e_u to reach, below 0, with least harm.",
+        ),
     ] = None,
     max_weight: Annotated[
         float, typer.Option("--max-weight", help="The largest weight; ga is weight 1.")
@@ -57,7 +60,8 @@ def weights(
     from geffect_fast.report.tables.weights import render_weights
     from geffect_fast.storage.disk import unwritable, whole_file
     from geffect_fast.storage.manifest import check_file
-    from geffect_fast.storage.run_folder import CONFIG, open_run, reading
+    from geffect_fast.storage.results_file import reading
+    from geffect_fast.storage.run_folder import CONFIG, open_run
     from geffect_fast.storage.run_yaml import load_config
 
     file = user_path(out)

@@ -13,10 +13,10 @@ from torch import Tensor
 from geffect_fast.transfer import on_device
 
 IGNORE = -100
-"""Label of a token that no loss looks at, as in transformers."""
+"""Label of a token that no loss reads, as in transformers."""
 
 Role = Literal["answer", "alternative"]
-"""What a sequence of a sample is: its answer, or what an objective puts there (a refusal)."""
+"""Role of a sequence: the sample's answer, or an alternative in its place, such as a refusal."""
 
 Reduction = Literal["token", "sample", "sum"]
 REDUCTIONS: tuple[Reduction, ...] = ("token", "sample", "sum")

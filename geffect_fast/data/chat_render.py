@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 5.0
-"""Processor time that a template may take for a row; ordinary ones take a ten-thousandth of it."""
+"""Seconds of processor time that a template may take for a row; most take a ten-thousandth."""
 MEMORY = 2**30
-"""Bytes that it may ask for beyond what the process has."""
+"""Bytes that a template may ask for beyond those that the process holds."""
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = Rows[Mapping[str, Any]]
-"""As `conversations.checked_turns` returns them; an answer of None is filled in later."""
+"""Turns of `conversations.checked_conversation`; the content None is filled in later."""
 
 CHAT_DATE = "2024-07-26"
-"""The day that chat templates are told, unless another is given; a fixed one lets a run be replayed
-on any day. It is the one in Llama's own template."""
+"""The day that chat templates are told unless another is given. It is fixed, so that a run can be
+replayed on any day, and is the day in Llama's own template."""
 
 CHARACTERS = 1_000_000
-"""Characters that a template may write around a conversation's own."""
+"""Most characters that a template may add to those of a conversation."""
 _MARK = "@@answer@@"
 
 

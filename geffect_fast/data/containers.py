@@ -23,7 +23,7 @@ from geffect_fast.data.row_kinds import FIELDS, MMLU_COLUMNS, makes_row, row_pla
 from geffect_fast.errors import InputError, in_one_line
 
 Found = Iterator[tuple[str, Any]]
-"""Places for messages, and raw rows."""
+"""Raw rows, each with its place for messages."""
 
 FORMATS = {
     "json": "a JSON document",
@@ -33,7 +33,7 @@ FORMATS = {
     "parquet": "Parquet",
     "text": "plain text",
 }
-"""What a file may be told to be, and what each is called."""
+"""Formats that may be given for a file, with the words for each in messages."""
 
 REMEDY = (
     "give a file of JSON lines, each with 'question' and 'answer', or another of the formats in "
@@ -44,10 +44,10 @@ _ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "text", ".text"
 _FILE_ENDINGS = {".json", ".jsonl", ".ndjson", ".parquet", ".gz", ".zip", *_ENDINGS}
 _HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>[^:]*))?")
 _TABLE_CELLS = 2**31 - 1
-"""Characters of a cell; Python's own limit of 131,072 is less than a chapter."""
+"""Most characters of a cell; Python's own limit of 131,072 is less than a chapter."""
 
 
-def rows_of(source: Any, name: str, data_format: str = "auto") -> tuple[str, Found]:
+def open_rows(source: Any, name: str, data_format: str = "auto") -> tuple[str, Found]:
     """The name of a source's container (empty if in memory), and its raw rows.
 
     Args:

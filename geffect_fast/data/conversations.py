@@ -15,7 +15,7 @@ _ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
     **dict.fromkeys(("function", "observation", "function_response"), "tool"),
 }
-"""What who speaks is called, and what a chat template calls them."""
+"""Roles of chat templates, by the names that data gives to speakers."""
 
 
 def is_turns(raw: Any) -> bool:
@@ -98,7 +98,7 @@ def _turn(raw: Any, where: str) -> dict[str, Any]:
     if isinstance(content, list) and all(_is_text(part) for part in content):
         content = "".join(part["text"] for part in content)
     elif isinstance(content, list):
-        raise InputError(f"{where} holds more than text; give a model of text its text alone")
+        raise InputError(f"{where} holds parts other than text; keep the text alone")
     if not (content == "" and (calls or role == "tool")):
         content = check_text({says: content}, says, where)
     return {**turn, "role": role, "content": content}

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
-"""What `template="auto"` means for a tokenizer without a chat template."""
+"""The template that `auto` stands for with a tokenizer without a chat template."""
 
 Labelled = tuple[list[int], list[int]]
-"""Ids, and unshifted labels with `IGNORE` where nothing is learned."""
+"""Token ids, and unshifted labels with `IGNORE` where nothing is learned."""
 
 
 class Encoder:
@@ -165,9 +165,9 @@ class Encoder:
             or any(turn.get("tool_calls") for turn in rest)
         ):
             raise InputError(
-                f"{place} holds turns other than a system's, and a user's and an assistant's by "
-                "turns, which without a chat template nobody can write; give a tokenizer that "
-                "has one (--tokenizer)"
+                f"{place} has turns other than an optional system turn and alternating user and "
+                "assistant turns, which need a chat template; give a tokenizer that has one "
+                "(--tokenizer)"
             )
         for question, answer in zip(rest[::2], rest[1::2], strict=True):
             before = begun + self._before + question["content"] + self._between

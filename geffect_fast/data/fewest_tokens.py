@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 _MANY = 20_000
-"""Shorter texts are tokenised at once."""
+"""Characters of the shortest text that gets a bound; shorter texts are tokenised quickly."""
 
 
 class FewestTokens:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from geffect_fast.errors import InputError, in_one_line
 
 HEAD = 2**16
-"""Bytes, unpacked, by which a file's format is found."""
+"""Bytes of a file, unpacked, from which its format is found."""
 _GZIP = b"\x1f\x8b"
 _UNPACKED = "unpack it"
 _AS_LINES = (
@@ -65,14 +65,14 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xff\xfe", "UTF-16", "save it as UTF-8"),
     (0, b"\xfe\xff", "UTF-16", "save it as UTF-8"),
 )
-"""Where in a file that is no text which bytes stand, what it is then, and what to do."""
+"""Kinds of files that are not text: the place and value of their bytes, the kind, and advice."""
 
 _TEXTS = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "git lfs pull"),
     (b"<!doctype html", "a web page, not the file itself", "download the raw file"),
     (b"<html", "a web page, not the file itself", "download the raw file"),
 )
-"""How texts begin that are no data, what they are, and what to do."""
+"""Kinds of texts that hold no data: how they begin, the kind, and advice."""
 
 _CONTROL = frozenset(range(32)) - frozenset(b"\t\n\r\f")
 

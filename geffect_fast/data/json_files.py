@@ -16,9 +16,9 @@ from geffect_fast.data.row_kinds import FIELDS, known_shape, makes_row, row_plac
 from geffect_fast.errors import InputError, in_one_line
 
 CHUNK = 2**20
-"""Characters read at a time of a list; as many again where a row is longer."""
+"""Characters of a list that are read at a time; of a longer row, as many as were read before."""
 _LONGEST_WORD = 16
-"""Characters before the end of what was read in which a fault may be that it is cut."""
+"""Characters before the end of the read text where a fault may come from the cut alone."""
 
 
 def json_lines(file: DataFile) -> Iterator[tuple[str, Any]]:

@@ -26,10 +26,10 @@ CALLED: dict[RowKind, str] = {
     "continuation": "beginnings and continuations of texts",
     "tokens": "tokenised rows",
 }
-"""What rows of a kind are called."""
+"""The words for rows of each kind in messages."""
 
 MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
-"""Of MMLU's CSV files, which do not name them."""
+"""Columns of MMLU's CSV files, which have no line with their names."""
 
 _BY_FIELDS: tuple[tuple[str, RowKind], ...] = (
     ("input_ids", "tokens"),
@@ -43,10 +43,10 @@ _BY_FIELDS: tuple[tuple[str, RowKind], ...] = (
     ("labels", "tokens"),
 )
 _KINDS = tuple((frozenset(fields.split()), kind) for fields, kind in _BY_FIELDS)
-"""Fields by which a row is known; the first that fit count."""
+"""Fields of each kind of row; the first fields that a row has decide its kind."""
 
 FIELDS = frozenset().union(*(fields for fields, _ in _KINDS))
-"""Fields of which one alone says nothing of a container."""
+"""All fields that decide the kind of a row."""
 
 
 def makes_row(names: Iterable[Any]) -> bool:
@@ -114,7 +114,7 @@ _SHAPES: tuple[tuple[frozenset[str], str, str], ...] = tuple(
         ("question output", "a question", "rename 'output' to 'answer'"),
     )
 )
-"""Fields by which a row is known, what it is then, and what to do; the first that fits counts."""
+"""Rows of other tools: fields, name and advice; the first whose fields a row has counts."""
 
 
 def known_shape(row: Mapping[Any, Any]) -> str | None:

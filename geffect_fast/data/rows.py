@@ -15,7 +15,7 @@ from typing import Any
 
 from geffect_fast.data.batch import IGNORE
 from geffect_fast.data.choices import checked_choice
-from geffect_fast.data.containers import refusals_of, rows_of
+from geffect_fast.data.containers import open_rows, refusals_of
 from geffect_fast.data.conversations import checked_conversation, is_turns
 from geffect_fast.data.files import shown
 from geffect_fast.data.row_checks import check_text, missing
@@ -63,7 +63,7 @@ def read_rows(
         InputError: the set cannot be read, is empty, or a row is unusable.
     """
     rows: list[dict[str, Any]] = []
-    container, found = rows_of(source, name, data_format)
+    container, found = open_rows(source, name, data_format)
     for where, raw in found:
         row = _check_row(raw, where)
         kinds: list[RowKind] = [row_kind(row), row_kind(rows[0] if rows else row)]

@@ -73,7 +73,7 @@ class Sample:
         if self.window_of is None:
             return row_place(name, self.data_row)
         row, window = self.window_of
-        return f"{row_place(name, row)}, window {window},"
+        return f"{row_place(name, row)}, window {window}"
 
     def sequences(self) -> dict[Role, tuple[TokenSequence, ...]]:
         """The sample's sequences, by role."""

@@ -18,26 +18,29 @@ from geffect_fast.errors import InputError
 from geffect_fast.trying import Trying
 
 MEMORY_SHARE = 0.8
-"""Part of the free memory that a batch is to take: the estimate is one, allocators fragment, and
-where memory runs out all the same a batch costs twice its time."""
+"""Part of the free memory that a batch may take. The rest is left for errors of the estimate and
+for fragmentation; a batch for which memory runs out all the same costs twice its time."""
 
 MIN_CPU_CAP = 256
 CPU_CAP_PER_HIDDEN = 1
-"""Under a mask, a token of a packed batch attends to every token of the batch: `4 d` operations a
-pair and layer, beside some `24 d^2` a token of the linear layers. At `d` tokens a batch the first
-are a sixth of the second; on a CPU, where larger batches gain nothing else, that is where to stop.
-Below 256 tokens the overhead of each call would dominate."""
+"""Most tokens of a batch on a CPU, for each of the `d` hidden features; at least `MIN_CPU_CAP`.
+
+Under a mask, a token of a packed batch attends to every token of the batch. This takes `4 d`
+operations for each pair and layer, and the linear layers take some `24 d^2` for each token. In a
+batch of `d` tokens attention therefore takes a sixth of the time of the linear layers. Larger
+batches gain nothing else on a CPU. Below 256 tokens the overhead of each call would dominate.
+"""
 
 WIDE_BYTES = 4
-"""Of an element of a direction, a projection, or a log-probability: fp32."""
+"""Bytes of an element of a direction, a projection or a log-probability, in fp32."""
 
 LOGIT_COPIES = 3
-"""Of a predicted token's logits in fp32, where the backward begins: the log-softmax, and gradients
-before and behind it. The logits themselves are gone by then."""
+"""Copies in fp32 of a predicted token's logits where the backward begins: the log-softmax, and the
+gradients before and behind it. The logits themselves are freed by then."""
 
 MORE_LOGIT_COPIES = 5
-"""And for objectives of whole distributions: the logits, and both models' log-probabilities, their
-product and its gradient."""
+"""Further copies for objectives of whole distributions: the logits, both models'
+log-probabilities, their product and its gradient."""
 
 _ROWS = 4
 """Rows that modules are tried on."""

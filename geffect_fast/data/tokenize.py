@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXT_WINDOW = 2048
-"""Tokens of a window of plain text, where nobody says how many; what MUSE takes."""
+"""Tokens of a window of plain text where no length is given, as in MUSE."""
 
 _NOT_HANDED_ON = ("input_ids", "labels", "attention_mask", "weights", "alternative")
 

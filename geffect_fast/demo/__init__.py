@@ -39,7 +39,7 @@ from geffect_fast.report.html.page import write_page
 from geffect_fast.settings import ProfileConfig
 from geffect_fast.storage.disk import folder_for, set_aside
 from geffect_fast.storage.lock import locked
-from geffect_fast.storage.manifest import files_below, note
+from geffect_fast.storage.manifest import add_to_manifest, files_below
 from geffect_fast.storage.run_folder import PLAIN_FILES, check_free, open_run, own_files
 from geffect_fast.terminal import noticed_once
 from geffect_fast.training.execute import execute_unlearn
@@ -94,7 +94,7 @@ PARTS = (
 METRICS = ("probability", "rouge_l", "extraction_strength", "truth_ratio")
 """Metrics of the unlearned models, measured beside the effects before."""
 ASKED_EVERY = 4
-"""One in so many retain rows is measured, so that the measures take less than a minute."""
+"""Every fourth retain row is measured, so that the measures take less than a minute."""
 UNLEARN_RATE = 1e-4
 
 
@@ -190,7 +190,7 @@ def _run_demo(
                     "writes one"
                 )
             )
-        note(folder, *(name for part in PARTS for name in _part_files(folder, part)))
+        add_to_manifest(folder, *(name for part in PARTS for name in _part_files(folder, part)))
         return result
 
 
@@ -228,7 +228,7 @@ def _unlearn(
         except InterruptedRunError:  # no part of a demo is kept to go on with
             raise KeyboardInterrupt from None
         except UnfinishedError as error:
-            raise InputError(f"{str(error).partition(';')[0]}; free some space") from error
+            raise InputError(error.problem, remedy="free some space") from error
     return runs
 
 

@@ -22,7 +22,7 @@ MAX_AUTHORS = min(
 """Largest number of authors for which names, birthplaces and titles are all different."""
 
 N_PERTURBED = 4
-"""Wrong answers a row."""
+"""Number of wrong answers in each row."""
 
 
 def make_fictitious_authors(n_authors: int = 20, seed: int = 0) -> list[dict[str, Any]]:

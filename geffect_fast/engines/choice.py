@@ -80,7 +80,9 @@ def choose_engine(
     if asked in ("reverse", "forward"):
         for engine, what in needs.items():
             if engine != asked:
-                raise InputError(f"engine: {what} needs the {engine} engine; leave one of them out")
+                raise InputError(
+                    f"engine: {what} needs the {engine} engine; use engine='{engine}' or 'auto'"
+                )
         return Choice("forward" if asked == "forward" else "reverse", "asked for")
     if len(needs) > 1:
         raise InputError(

@@ -57,7 +57,7 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
     }
 
 
-def place_for_gradients(plan: Plan, n: int, part: float) -> torch.device | None:
+def place_for_gradients(plan: Plan, n: int, fraction: float) -> torch.device | None:
     """The device that keeps gradients of risks and objectives: the CPU where a GPU has no room.
 
     Passes then bring over the gradients that they need. None: the parameters' devices.
@@ -65,11 +65,11 @@ def place_for_gradients(plan: Plan, n: int, part: float) -> torch.device | None:
     Args:
         plan: the model's plan.
         n: number of gradients, fp32.
-        part: fraction of the GPU's free memory that the gradients may take.
+        fraction: fraction of the GPU's free memory that the gradients may take.
     """
     device = plan.device
     wanted = 4 * n * sum(p.numel() for p in plan.held.values())
-    full = device.type == "cuda" and wanted > part * free_memory(device)
+    full = device.type == "cuda" and wanted > fraction * free_memory(device)
     return torch.device("cpu") if full else None
 
 
@@ -176,19 +176,20 @@ class ProductsWithFirst:
 
     Attributes:
         found: for every batch the objective's number, the samples' rows and their products `(n,)`.
-        exist: whether samples can be told apart, as far as is known.
+        available: whether samples can be told apart, as far as is known.
     """
 
     def __init__(self, diagonal: Mapping[str, Tensor] | None = None) -> None:
         self.diagonal = diagonal
         self.found: list[tuple[int, list[int], Tensor]] = []
-        self.exist = True
+        self.available = True
 
     def gather(self, ranks: Ranks) -> None:
         """Bring the ranks' products together. Products exist only where every rank has its own."""
         if ranks.size > 1:
-            told = ranks.meet((self.exist, [(k, rows, own.cpu()) for k, rows, own in self.found]))
-            self.exist = all(exist for exist, _ in told)
+            own = [(k, rows, products.cpu()) for k, rows, products in self.found]
+            told = ranks.meet((self.available, own))
+            self.available = all(available for available, _ in told)
             self.found = [each for _, found in told for each in found]
 
 
@@ -223,7 +224,7 @@ def accumulate_gradients(
     parameters = list(plan.parameters.values())
 
     def add(data_pass: DataPass, attempt: Attempt) -> None:
-        if products is None or not products.exist or data_pass is passes[0]:
+        if products is None or not products.available or data_pass is passes[0]:
             return run(data_pass, attempt)
 
         def first(name: str) -> Tensor:
@@ -239,7 +240,7 @@ def accumulate_gradients(
         except UnsupportedModelError:
             if plan.shards is not None:  # the other ranks do not run it again
                 raise
-            products.exist = False
+            products.available = False
             return run(data_pass, attempt)
         (index,) = data_pass.parts
         if sink.found and not attempt.idle:
@@ -248,18 +249,17 @@ def accumulate_gradients(
             products.found.append((index, list(attempt.batch.rows), own))
 
     def run(data_pass: DataPass, attempt: Attempt, sink: Sink | None = None) -> None:
-        batch = attempt.batch
-        moved = batch.to(parameters[0].device)
+        batch = attempt.batch.to(parameters[0].device)
         recorder = None
         if sink is not None:
             axis = sample_axis(plan.model, batch)
             recorder = Recorder(plan, sink, axis, Recording(one_backward=True))
-        with packed_attention(plan.model, moved), recorder or nullcontext():
-            outputs = model_outputs(plan.model, moved, data_pass.needs)
+        with packed_attention(plan.model, batch), recorder or nullcontext():
+            outputs = model_outputs(plan.model, batch, data_pass.needs)
             if recorder is not None and recorder.to_be_shown():
-                recorder.show_rows(nll_by_sample(outputs, moved), plan.sources())
-            other = reference.outputs(data_pass, batch, moved, outputs)
-            evaluated = plan, data_pass, attempt, outputs, moved, other
+                recorder.show_rows(nll_by_sample(outputs, batch), plan.sources())
+            other = reference.outputs(data_pass, batch, outputs)
+            evaluated = plan, data_pass, attempt, outputs, batch, other
             for index, value, grads in backwards(*evaluated, parameters, recorder):
                 with attempt.finishing(index):
                     if not attempt.idle:
@@ -313,15 +313,15 @@ def fisher_traces(
         def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
             found[name] = squared_norms(factors, plan.parameters[name].shape).sum()
 
-        moved = attempt.batch.to(plan.device)
-        recorder = Recorder(plan, measure, sample_axis(plan.model, moved), recording)
-        with packed_attention(plan.model, moved), plan.frozen(), recorder:
-            outputs = model_outputs(plan.model, moved, data_pass.needs)
-            other = reference.outputs(data_pass, attempt.batch, moved, outputs)
+        batch = attempt.batch.to(plan.device)
+        recorder = Recorder(plan, measure, sample_axis(plan.model, batch), recording)
+        with packed_attention(plan.model, batch), plan.frozen(), recorder:
+            outputs = model_outputs(plan.model, batch, data_pass.needs)
+            other = reference.outputs(data_pass, batch, outputs)
             roots = recorder.roots_of(outputs.token_logprob)
             if recorder.to_be_shown():
-                recorder.show_rows(nll_by_sample(outputs, moved), roots)
-            evaluated = plan, data_pass, attempt, outputs, moved, other
+                recorder.show_rows(nll_by_sample(outputs, batch), roots)
+            evaluated = plan, data_pass, attempt, outputs, batch, other
             for index, _, _ in backwards(*evaluated, roots, recorder):
                 with attempt.finishing(index):
                     for name, square in found.items():
@@ -339,7 +339,7 @@ def backwards(
     data_pass: DataPass,
     attempt: Attempt,
     outputs: Outputs,
-    moved: Batch,
+    batch: Batch,
     reference: Outputs | None,
     sources: Sequence[Tensor],
     recorder: Recorder | None,
@@ -350,7 +350,7 @@ def backwards(
         plan: the model's plan.
         data_pass, attempt: the pass with the parts, and the attempt at the batch.
         outputs, reference: the model's and the reference's outputs on the batch.
-        moved: the batch, on the model's device.
+        batch: the batch, on the model's device.
         sources: the tensors that losses are differentiated by.
         recorder: told when a backward is over.
 
@@ -359,7 +359,7 @@ def backwards(
     """
     wanted = [index for index in data_pass.parts if index not in attempt.done]
     for index in wanted:
-        terms, value = data_pass.terms(index, outputs, moved, reference)
+        terms, value = data_pass.terms(index, outputs, batch, reference)
         loss = 0 * terms.sum() if attempt.idle else terms.sum()
         grads: Sequence[Tensor | None] = [None] * len(sources)
         more = index != wanted[-1]

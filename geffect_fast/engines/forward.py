@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.precision import precisions
 from geffect_fast.data.batch import IGNORE, Batch
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import Collect, DataPass, Tick, each_batch, ranks_of
@@ -31,12 +30,13 @@ from geffect_fast.engines.objective_tangents import (
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
+from geffect_fast.precision import precisions
 from geffect_fast.transfer import OnItsWay, on_device
 
 
 @dataclass(frozen=True)
-class Move:
-    """Parameters that are moved together, along some of the directions, in one pass.
+class ParameterPass:
+    """A pass over the data in which some parameters move, along some of the directions.
 
     Attributes:
         column: the place on the result's axis of parameters or groups where the effects are added.
@@ -49,10 +49,10 @@ class Move:
     risks: tuple[int, ...]
 
 
-def moves_for(
+def parameter_passes_for(
     plan: Plan, columns: Sequence[int], n_directions: int, memory_bytes: int | None = None
-) -> list[Move]:
-    """The moves of a profile: one a column, or more where directions do not fit on the device.
+) -> list[ParameterPass]:
+    """The passes of a profile: one a column, or more where directions do not fit on the device.
 
     All directions of a pass share the primal pass, so directions are kept together as long as
     they fit. An effect is the sum of the effects of its parameters, so the parameters of one column
@@ -76,7 +76,7 @@ def moves_for(
         told = plan.shards.ranks.meet((memory_bytes, sizes))
         memory_bytes = min(memory for memory, _ in told)
         sizes = [max(each) for each in zip(*(own for _, own in told), strict=True)]
-    moves = []
+    passes = []
     for column, (names, size) in enumerate(zip(of, sizes, strict=True)):
         together = min(max(memory_bytes // max(size, 1), 1), n_directions)
         for first in range(0, n_directions, together):
@@ -84,8 +84,8 @@ def moves_for(
             # Shared-out parameters are whole block by block, and a block's weights take more space.
             pieces = _pieces(plan, names, memory_bytes) if plan.shards is None else [tuple(names)]
             for piece in pieces:
-                moves.append(Move(column, piece, risks))
-    return moves
+                passes.append(ParameterPass(column, piece, risks))
+    return passes
 
 
 def _pieces(plan: Plan, names: Sequence[str], memory_bytes: int) -> Iterator[tuple[str, ...]]:
@@ -126,7 +126,7 @@ def forward_effects(
     reference: Reference,
     collect: Collect,
     *,
-    moves: Sequence[Move],
+    parameter_passes: Sequence[ParameterPass],
     per_token: bool = False,
     tick: Tick,
 ) -> tuple[Tensor, Tensor]:
@@ -140,8 +140,8 @@ def forward_effects(
         n_objectives: K.
         reference: the model that the objectives compare with.
         collect: receives each batch's effects, such as `EffectArray.add`.
-        moves: one for each pass over the data; together they move every parameter once along every
-            direction.
+        parameter_passes: the passes over the data; together they move every parameter once along
+            every direction.
         per_token: resolve by the token that is predicted, not by sample.
         tick: told of progress, once for every pass over a batch.
 
@@ -149,19 +149,19 @@ def forward_effects(
         The objectives' values `(K,)`, and effects summed over samples `(K, M, C)`, both fp64.
     """
     n_directions = next(iter(directions.values())).shape[0]
-    n_columns = 1 + max(move.column for move in moves)
-    judged: set[tuple[int, type]] = set()
+    n_columns = 1 + max(each.column for each in parameter_passes)
+    compared: set[tuple[int, type]] = set()
     values = torch.zeros(n_objectives, dtype=torch.float64)
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
     model = DualModel(plan)
     with gathered(passes, collect) as collect:
-        for number, move in enumerate(moves):
-            moved_along, scale = _on_device(plan, directions, move)
+        for number, parameter_pass in enumerate(parameter_passes):
+            along, scale = _scaled_directions(plan, directions, parameter_pass)
             for data_pass, attempt in each_batch(passes, tick):
                 batch = attempt.batch
                 with attempt:
                     change, found = _changes(
-                        model, data_pass, batch, moved_along, reference, judged, first=number == 0
+                        model, data_pass, batch, along, reference, compared, first=number == 0
                     )
                 if attempt.failed or attempt.idle:
                     continue
@@ -171,7 +171,8 @@ def forward_effects(
                 summed = (
                     _by_token(data_pass, batch, change) if per_token else _by_sample(batch, change)
                 )
-                effects[:, list(move.risks), move.column] = summed.transpose(0, 1)
+                risks, column = list(parameter_pass.risks), parameter_pass.column
+                effects[:, risks, column] = summed.transpose(0, 1)
                 for k, index in enumerate(data_pass.parts):
                     totals[index] += effects[k].sum(-1)
                 if number == 0:
@@ -187,14 +188,14 @@ def _changes(
     batch: Batch,
     along: Mapping[str, Tensor],
     reference: Reference,
-    judged: set[tuple[int, type]],
+    compared: set[tuple[int, type]],
     *,
     first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Derivatives of the terms of a pass's parts on a batch, and for the first move parts' values.
+    """Derivatives of a data pass's terms on a batch; in the first parameter pass values too.
 
-    Derivatives are `(M, K, total_tokens)` and values `(K,)`, fp64 on the CPU. All numbers are
-    brought over at once, at the end; until then nothing waits for the device.
+    Derivatives are `(M, K, total_tokens)` and values of parts `(K,)`, fp64 on the CPU. All numbers
+    are brought over at once, at the end; until then nothing waits for the device.
 
     Args:
         model: the dual model of the plan.
@@ -202,58 +203,60 @@ def _changes(
         batch: the batch, on the CPU.
         along: as `DualModel.outputs` takes directions.
         reference: the model that the objectives compare with.
-        judged: classes of objectives, by pass, whose terms' derivatives were compared with the
-            derivative of the terms' sum. Classes that are compared here are added.
-        first: whether this is the first move, in which all classes not in `judged` are compared.
+        compared: classes of objectives, by data pass, whose terms' derivatives were compared with
+            the derivative of the terms' sum. Classes that are compared here are added.
+        first: whether this is the first parameter pass, in which all classes not in `compared` are
+            compared.
 
     Raises:
         InputError: the terms' derivatives do not add up to the derivative of their sum.
     """
     parts = data_pass.parts
-    moved = batch.to(next(iter(along.values())).device)
-    outputs, tangents = model.outputs(along, moved, data_pass.needs)
-    other = reference.outputs(data_pass, batch, moved, outputs)
+    batch = batch.to(next(iter(along.values())).device)
+    outputs, tangents = model.outputs(along, batch, data_pass.needs)
+    other = reference.outputs(data_pass, batch, outputs)
     # One objective of each class is compared: hyper-parameters change no code.
-    kinds: dict[type, list[Objective]] = {}
+    classes: dict[type, list[Objective]] = {}
     for part in parts.values() if first else ():
-        if (id(data_pass), type(part)) not in judged:
-            kinds.setdefault(type(part), []).append(part)
+        if (id(data_pass), type(part)) not in compared:
+            classes.setdefault(type(part), []).append(part)
 
     def disagree(objective: Objective) -> Tensor:
-        return terms_disagree(objective, outputs, moved, other, tangents[0])
+        return terms_disagree(objective, outputs, batch, other, tangents[0])
 
-    wrong = [disagree(some[0]) for some in kinds.values()]
+    wrong = [disagree(some[0]) for some in classes.values()]
     change = torch.stack(
-        [term_tangents(o, outputs, moved, other, tangents) for o in parts.values()], dim=1
+        [term_tangents(o, outputs, batch, other, tangents) for o in parts.values()], dim=1
     )
-    values = [data_pass.value(k, outputs, moved, other) for k in parts] if first else []
+    values = [data_pass.value(k, outputs, batch, other) for k in parts] if first else []
     numbers = [torch.as_tensor(x, dtype=torch.float64, device=change.device) for x in values]
     numbers += [x.double() for x in wrong]
     (found,) = OnItsWay(torch.cat([change.flatten(), *(x.flatten() for x in numbers)])).arrived()
     change, found = found[: change.numel()].view(change.shape), found[change.numel() :]
-    for (kind, some), said in zip(kinds.items(), found[len(values) :].view(-1, 2), strict=True):
+    for (kind, some), said in zip(classes.items(), found[len(values) :].view(-1, 2), strict=True):
         for objective in some:
             # the next of a class is compared, and waited for, where the first showed nothing
             is_wrong, nothing = (said if objective is some[0] else disagree(objective)).tolist()
             if is_wrong:
                 raise no_derivative(objective)
             if not nothing:
-                judged.add((id(data_pass), kind))
+                compared.add((id(data_pass), kind))
                 break
     return change, found[: len(values)]
 
 
-def _on_device(
-    plan: Plan, directions: Mapping[str, Tensor], move: Move
+def _scaled_directions(
+    plan: Plan, directions: Mapping[str, Tensor], parameter_pass: ParameterPass
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """A move's directions on the parameters' devices in their dtypes, and a scale for each.
+    """A pass's directions on the parameters' devices in their dtypes, and a scale for each.
 
     Effects are to be multiplied by the scales. Where a model computes in fp16, directions are
     divided by them, to a length at which nothing underflows; otherwise the scales are 1.
     """
-    scale = torch.ones(len(move.risks), dtype=torch.float64)
-    risks = slice(move.risks[0], move.risks[-1] + 1)  # neighbours, so a slice and no copy
-    chosen = {name: directions[name][risks] for name in move.names}
+    numbers = parameter_pass.risks
+    scale = torch.ones(len(numbers), dtype=torch.float64)
+    risks = slice(numbers[0], numbers[-1] + 1)  # neighbours, so a slice and no copy
+    chosen = {name: directions[name][risks] for name in parameter_pass.names}
     if torch.float16 in precisions(plan.model):
         squares = torch.stack(
             [v.double().flatten(1).square().sum(1).cpu() for v in chosen.values()]
@@ -281,19 +284,19 @@ def _by_sample(batch: Batch, change: Tensor) -> Tensor:
 def _by_token(data_pass: DataPass, batch: Batch, change: Tensor) -> Tensor:
     """The terms' derivatives, each at the token that the term is about.
 
-    A term at the position that predicts a token is moved one place, to the token itself.
+    A term at the position that predicts a token is shifted one place, to the token itself.
 
     Raises:
         InputError: a term is about a token that holds no label.
     """
     ahead = torch.tensor([part.term_at == "prediction" for part in data_pass.parts.values()])
     shifted = torch.cat([torch.zeros_like(change[..., :1]), change[..., :-1]], dim=-1)
-    moved = torch.where(ahead[:, None], shifted, change)
-    elsewhere = (moved[..., batch.labels == IGNORE] != 0).any(-1).any(0)
+    by_token = torch.where(ahead[:, None], shifted, change)
+    elsewhere = (by_token[..., batch.labels == IGNORE] != 0).any(-1).any(0)
     if elsewhere.any():
         part = list(data_pass.parts.values())[int(elsewhere.nonzero()[0])]
         raise InputError(
             f"objective {part}: token_terms has a term at a position that predicts no label, so it "
             "belongs to no token of an answer; resolve without 'token', or set its `term_at`"
         )
-    return moved
+    return by_token

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.shards import put_right
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
@@ -22,6 +21,7 @@ from geffect_fast.engines.layout import probe_batch
 from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.errors import in_one_line
+from geffect_fast.precision import precisions
 from geffect_fast.trying import no_memory
 
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
@@ -91,8 +91,8 @@ def _lost(
     """A sentence on a derivative along `along` that is lost; None where none is."""
 
     def off(names: Sequence[str]) -> float:
-        moved = _moved(model, batch, {name: along[name] for name in names})
-        return math.inf if math.isnan(moved) else moved / scale - len(names)
+        found = _derivative(model, batch, {name: along[name] for name in names})
+        return math.inf if math.isnan(found) else found / scale - len(names)
 
     names = list(along)
     try:
@@ -107,15 +107,16 @@ def _lost(
     while abs(total) > min(limit * len(names) ** 0.5, LOST):
         some = names
         while len(some) > 1:
-            half = len(some) // 2
-            some = max(some[:half], some[half:], key=lambda part: abs(off(part)))
+            middle = len(some) // 2
+            some = max(some[:middle], some[middle:], key=lambda half: abs(off(half)))
         name, share = some[0], 1 + off(some)
         if abs(share - 1) <= limit:
             return None
         if abs(share) <= limit / 10 or sizes[name] > certain:
             return (
-                f"parameter '{name}': forward mode gives {share:.4g} of its derivative by reverse "
-                "mode, so code on its way to the logits drops tangents"
+                f"parameter '{name}': forward mode gives {share:.4g} times the derivative that "
+                "reverse mode gives, so some code between this parameter and the logits drops "
+                "tangents"
             )
         names = [other for other in names if other != name]
         total = off(names)
@@ -156,11 +157,11 @@ def _own_gradients(
     return along, {name: norms[name] / largest for name in along}, scale
 
 
-def _moved(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> float:
+def _derivative(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> float:
     """The derivative of the sum of log-probabilities along `along`."""
     (tangent,) = model.outputs(along, batch, frozenset())[1]
-    moved, shards = float(tangent.token_logprob.double().sum()), model.plan.shards
-    return moved if shards is None else shards.ranks.first_of(moved)
+    found, shards = float(tangent.token_logprob.double().sum()), model.plan.shards
+    return found if shards is None else shards.ranks.first_of(found)
 
 
 def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> str:
@@ -178,7 +179,7 @@ def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) ->
     handles += [m.register_forward_hook(leave) for m in names]
     try:
         put_right(model.plan.model)
-        _moved(model, batch, along)
+        _derivative(model, batch, along)
     except Exception:  # as in `_lost`
         pass
     finally:

@@ -19,7 +19,7 @@ from geffect_fast.capture.generic_rule import GenericCall
 from geffect_fast.capture.layer_rules import NormCall
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.engines.layout import tried_layout
-from geffect_fast.engines.model_outputs import takes
+from geffect_fast.engines.model_outputs import WINDOWS, takes
 from geffect_fast.engines.own_loss import OwnLoss, tried_own_loss
 from geffect_fast.trying import Trying
 
@@ -47,8 +47,6 @@ _ROW_BY_ROW_FILES = ("transformers.activations", "transformers.pytorch_utils")
 
 _STILL_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 """Kinds of rotary positions whose frequencies do not depend on the longest sequence of a batch."""
-
-_WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
@@ -188,7 +186,7 @@ def _attention_is_known(config: Any) -> bool:
             return False
     elif implementation != "eager":
         return False
-    if any(getattr(config, window, None) is not None for window in _WINDOWS):
+    if any(getattr(config, window, None) is not None for window in WINDOWS):
         return False
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         return False

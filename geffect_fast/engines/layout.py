@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.compat import is_sharded, still_up_to
-from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.capture.shards import put_right
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, TokenSequence, make_batches
@@ -26,6 +25,7 @@ from geffect_fast.engines.model_outputs import (
 )
 from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.errors import GEffectError, UnsupportedModelError
+from geffect_fast.precision import precisions
 from geffect_fast.trying import Trying, no_memory
 
 PROBE_LENGTHS = (7, 4)
@@ -81,8 +81,15 @@ def tried_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) 
     if tried is None:
         known = len(plan.widened)
         layout = _try(plan, sample_set, may_pack)
-        if layout == "packed" and not _packs_if_there_is_room(plan.model, extremes):
-            layout = _try(plan, sample_set, may_pack=False)
+        if layout == "packed":
+            try:
+                packs = packs_at_length(plan.model, extremes)
+            except (MemoryError, RuntimeError) as error:
+                if not no_memory(error) or is_sharded(plan.model):  # on this rank alone
+                    raise
+                packs = False  # memory ran out for two sequences, as it would for a batch
+            if not packs:
+                layout = _try(plan, sample_set, may_pack=False)
         tried = _Tried(layout, tuple(plan.widened[known:]), dict(plan.axes), set(plan.shown))
         _TRIED.keep(plan.model, state, tried)
     else:
@@ -212,16 +219,6 @@ def packs_at_length(model: nn.Module, probes: Sequence[Tensor]) -> bool:
         own = torch.cat([model_outputs(model, batch).token_logprob for batch in apart])
         together = model_outputs(model, _batch(probes, "packed").to(device)).token_logprob
     return close(together, own, tolerance)
-
-
-def _packs_if_there_is_room(model: nn.Module, probes: Sequence[Tensor]) -> bool:
-    """`packs_at_length`; False where memory runs out for two sequences, as it would for a batch."""
-    try:
-        return packs_at_length(model, probes)
-    except (MemoryError, RuntimeError) as error:
-        if not no_memory(error) or is_sharded(model):  # on this rank alone
-            raise
-        return False
 
 
 def check_reference(model: nn.Module, layout: Layout, sample_set: SampleSet, longest: int) -> None:

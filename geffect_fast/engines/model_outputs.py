@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import eagerly, frequencies_at_first, puts_prompt, signed
-from geffect_fast.capture.precision import widened
+from geffect_fast.capture.compat import eagerly, frequencies_at_first, puts_prompt, with_signature
 from geffect_fast.capture.segments import Segments
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
+from geffect_fast.precision import widened
 
 
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward, or that of the model inside its wrapper, names `argument`."""
-    return argument in inspect.signature(signed(model).forward).parameters
+    return argument in inspect.signature(with_signature(model).forward).parameters
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
@@ -35,7 +35,7 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     With a cache, transformers does not tell packed sequences apart. Some models (GraniteMoe) do not
     name the argument but hand it on to the model inside.
     """
-    inside = signed(model)
+    inside = with_signature(model)
     parameters = inspect.signature(inside.forward).parameters
     hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     config = getattr(inside, "config", None)
@@ -64,8 +64,8 @@ def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segm
     kept = host.target_index if keeps_logits(model, batch) else None
     if per_token and puts_prompt(model):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: a soft prompt stands at no position of a sample; resolve "
-            "without 'position'"
+            f"{type(model).__name__}: the tokens of a soft prompt have no position in a sample; "
+            "resolve without 'position'"
         )
     if per_token:
         return Segments.tokens(batch.input_ids.shape, kept)
@@ -101,7 +101,7 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
     if batch.packed and len(batch.roles) > 1 and "position_ids" not in kwargs:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes no position_ids, so sequences cannot be packed into one "
-            "row for it; give a model that does, as the other one here, or no reference of its own"
+            "row; give a model (or reference_model) that takes them, or no reference_model"
         )
     with eagerly(model), sequences_known(batch), frequencies_at_first(model):
         answer = model(**kwargs)
@@ -224,7 +224,7 @@ PACKED = "geffect_fast_packed"
 
 _LENGTHS: ContextVar[tuple[int, ...]] = ContextVar("_LENGTHS")
 
-_WINDOWS = ("sliding_window", "attention_chunk_size")
+WINDOWS = ("sliding_window", "attention_chunk_size")
 """Settings that cut attention short. Sequences that are no longer than these are unaffected."""
 
 
@@ -266,26 +266,27 @@ def _served(model: nn.Module, batch: Batch) -> list[Any]:
     """The configs to change for `batch`; empty where the model runs as it is."""
     if not batch.packed or len(batch.roles) == 1 or batch.input_ids.device.type != "cpu":
         return []
-    configs = _configs(model)
+    configs = attention_configs(model)
+    if {config._attn_implementation for config in configs} != {"sdpa"}:
+        return []
     return configs if max(batch.sequence_lengths) <= reach(configs) else []
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """The configs that say which attention runs; empty unless all of them say sdpa."""
+def attention_configs(model: nn.Module) -> list[Any]:
+    """The configs that say which attention runs; none where a module has attention of its own."""
     configs: dict[int, Any] = {}
     for module in model.modules():
         if not getattr(module, "_supports_attention_backend", True):
-            return []  # a model with attention of its own
+            return []
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             configs[id(config)] = config
-    chosen = {config._attn_implementation for config in configs.values()}
-    return list(configs.values()) if chosen == {"sdpa"} else []
+    return list(configs.values())
 
 
 def reach(configs: list[Any]) -> float:
     """Tokens of the longest sequence whose attention no window cuts short."""
-    windows = [getattr(config, name, None) for config in configs for name in _WINDOWS]
+    windows = [getattr(config, name, None) for config in configs for name in WINDOWS]
     return min((window for window in windows if isinstance(window, int)), default=float("inf"))
 
 
@@ -312,8 +313,9 @@ def _attend(
     total = sum(lengths)
     if attention_mask is not None or any(x.shape[2] != total for x in (query, key, value)):
         raise UnsupportedModelError(
-            f"{type(module).__name__}: attention over other tokens than the batch's; run it one "
-            "sample at a time"
+            f"{type(module).__name__}: its attention does not run over exactly the tokens of the "
+            "batch, so packed samples cannot be told apart; give token_budget=1, so that each has "
+            "a batch of its own"
         )
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     # Neighbouring sequences of one length take one call.

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.precision import widened
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.precision import widened
 from geffect_fast.trying import no_memory
 
 TOLERANCE = 1e-3
@@ -57,10 +57,10 @@ def term_tangents(
     """
     terms, weights, slopes = _slopes(objective, outputs, batch, reference)
     found = []
-    for moved in along:
+    for tangents in along:
         pairs = [
             (slope, widened(tangent))
-            for slope, tangent in zip(slopes, moved.tensors(), strict=True)
+            for slope, tangent in zip(slopes, tangents.tensors(), strict=True)
             if slope is not None and slope.requires_grad
         ]
         found.append(_derivative(objective, pairs, weights) if pairs else torch.zeros_like(terms))
@@ -68,7 +68,11 @@ def term_tangents(
 
 
 def terms_disagree(
-    objective: Objective, outputs: Outputs, batch: Batch, reference: Outputs | None, moved: Outputs
+    objective: Objective,
+    outputs: Outputs,
+    batch: Batch,
+    reference: Outputs | None,
+    tangents: Outputs,
 ) -> Tensor:
     """Whether the terms' derivatives miss the derivative of their sum: `(2,)` bool on the device.
 
@@ -77,14 +81,14 @@ def terms_disagree(
 
     Args:
         objective, outputs, batch, reference: as `term_tangents` takes them.
-        moved: the outputs' derivatives along a direction.
+        tangents: the outputs' derivatives along a direction.
     """
     tensors = tuple(ELSEWHERE * x for x in outputs.tensors())
     shifted = Outputs.of(tensors, outputs.logits is not None)
-    change = term_tangents(objective, shifted, batch, reference, [moved])[0]
+    change = term_tangents(objective, shifted, batch, reference, [tangents])[0]
     expected, length = change.new_zeros(()), change.new_zeros(())
     slopes = _slopes(objective, shifted, batch, reference)[2]
-    for slope, tangent in zip(slopes, moved.tensors(), strict=True):
+    for slope, tangent in zip(slopes, tangents.tensors(), strict=True):
         if slope is not None:
             expected = expected + (slope.detach().double() * tangent.double()).sum()
             length = length + tangent.double().abs().sum()

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import eagerly, frequencies_at_first
-from geffect_fast.capture.precision import precisions, widened
 from geffect_fast.data import SampleSet
 from geffect_fast.engines.layout import probe_batch
 from geffect_fast.engines.model_outputs import logits_of, model_outputs, without_cache
 from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.precision import precisions, widened
 from geffect_fast.trying import Trying
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -50,16 +50,16 @@ class OwnLoss:
     def __str__(self) -> str:
         if self.kind == "unshifted":
             return (
-                "the model's own loss does not shift labels: it compares them with the logits at "
-                "their own places; the risk and the effects are of labels that are predicted one "
-                "position earlier, from the same logits"
+                "the model's own loss does not shift labels: it compares each label with the "
+                "logits at its own position, whereas risk and effects compare it with the logits "
+                "one position earlier"
             )
         auxiliary = self.kind == "auxiliary"
         why = "an auxiliary loss" if auxiliary else "a term, a scale or a smoothing of its own"
         return (
-            f"the model's own loss holds {why}: on a short sequence it differs by "
-            f"{self.difference:+.4g} from the mean negative log-likelihood of the labels, of which "
-            "the risk and the effects are"
+            f"the model's own loss includes {why}, whereas risk and effects are those of the mean "
+            "negative log-likelihood of the labels alone (difference on a short sequence: "
+            f"{self.difference:+.4g})"
         )
 
     def attributes(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _found(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
     if not _close(plain, risk, tolerance):
         raise UnsupportedModelError(
             f"{type(model).__name__}: it computes other logits where it is given labels, so its "
-            "own loss is of another function than the risk; give a causal language model"
+            "own loss and the risk cannot be compared; give a causal language model"
         )
     if _close(found, unshifted, tolerance):
         return OwnLoss("unshifted", found - risk)

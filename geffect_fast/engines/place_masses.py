@@ -1,8 +1,9 @@
-"""Sizes of the objectives' gradients by place, in all and where they oppose another gradient.
+"""Masses of objectives' gradients by place, in all and where they oppose another gradient.
 
-A place is one token of one row. The gradient of what a module does at a place is the one that the
-reverse engine takes effects by position from. Sizes are not linear: the size of a sum of objectives
-is not the sum of its parts' sizes, so one backward is run for the whole sum.
+A place is one token of one row, and a mass is a sum of absolute values. The gradient of what a
+module does at a place is the one that the reverse engine takes effects by position from. Masses are
+not linear: the mass of a sum of objectives is not the sum of its parts' masses, so one backward is
+run for the whole sum.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
-from geffect_fast.capture.exchange import Gathered, next_ahead
+from geffect_fast.capture.exchange import Gathered, one_ahead
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.masses import opposed_masses
 from geffect_fast.capture.products import in_working_precision
@@ -47,10 +48,11 @@ def check_places_apart(
                 for role in part.roles if counts[index] else ():
                     if read.setdefault((data_pass.on, role), data_pass) is not data_pass:
                         raise InputError(
-                            f"conflicts: of objective '{objective}' some parts read a "
-                            f"{data_pass.on} row's {role} alone and others with more of the row, "
-                            "so its gradient cannot be told apart by place; give the parts as "
-                            "objectives of their own, or resolve without 'position'"
+                            f"conflicts: the parts of objective '{objective}' read a "
+                            f"{data_pass.on} row's {role} in different forwards, alone and with "
+                            "more of the row, so its gradient cannot be resolved by position; "
+                            "give the parts as objectives of their own, or resolve without "
+                            "'position'"
                         )
 
 
@@ -65,7 +67,7 @@ def place_masses(
     columns: Sequence[int],
     tick: Tick,
 ) -> None:
-    """Measure the sizes of gradients by objective, column of parameters and place.
+    """Measure the masses of gradients by objective, column of parameters and place.
 
     Each batch takes one forward, and for each objective one backward that forms no weight gradient.
     A module of the generic rule takes one backward of its own for each place.
@@ -77,16 +79,16 @@ def place_masses(
         other: the gradient that the objectives' gradients may oppose, of each parameter's shape, or
             this rank's part of it.
         reference: the model that objectives compare with, prepared.
-        collect: receives sizes `(K, 2, C, n)` fp64 for the `n` tokens of each batch, first of all
-            elements, then of those that oppose `other`; such as `EffectArray.place`. Sizes that
-            are given for one batch add up.
-        columns: for each parameter the column its sizes are added to.
+        collect: receives masses `(K, 2, C, n)` fp64 for the `n` tokens of each batch, first of all
+            elements, then of those that oppose `other`; such as `EffectArray.add_mixed`. Masses
+            that are given for one batch add up.
+        columns: for each parameter the column its masses are added to.
         tick: told of progress.
 
     Raises:
         UnsupportedModelError: a module's rows cannot be told apart by position; it is named.
     """
-    sizes = _Sizes(plan, other, columns)
+    measured = _Masses(plan, other, columns)
 
     def run(data_pass: DataPass, attempt: Attempt, masses: Tensor) -> None:
         parts = data_pass.parts
@@ -95,31 +97,31 @@ def place_masses(
         ]
         if not wanted:
             return
-        sizes.found = masses.new_zeros(masses.shape[1:], device=plan.device)
-        moved = attempt.batch.to(plan.device)
-        axis = sample_axis(plan.model, moved, per_token=True)
+        measured.found = masses.new_zeros(masses.shape[1:], device=plan.device)
+        batch = attempt.batch.to(plan.device)
+        axis = sample_axis(plan.model, batch, per_token=True)
         recording = Recording(joined=True, one_backward=len(wanted) == 1)
-        recorder = Recorder(plan, sizes, axis, recording)
-        with packed_attention(plan.model, moved), plan.frozen(), recorder:
-            outputs = model_outputs(plan.model, moved, data_pass.needs)
-            compared = reference.outputs(data_pass, attempt.batch, moved, outputs)
+        recorder = Recorder(plan, measured, axis, recording)
+        with packed_attention(plan.model, batch), plan.frozen(), recorder:
+            outputs = model_outputs(plan.model, batch, data_pass.needs)
+            compared = reference.outputs(data_pass, batch, outputs)
             roots = recorder.roots_of(outputs.token_logprob)
             for k in wanted:
                 counts = [(float(mixture[k, index]), part) for index, part in parts.items()]
                 terms = [
-                    count * part.token_terms(outputs, moved, compared).sum()
+                    count * part.token_terms(outputs, batch, compared).sum()
                     for count, part in counts
                     if count
                 ]
                 loss = torch.stack(terms).sum()
-                sizes.found.zero_()
+                measured.found.zero_()
                 if loss.requires_grad:  # else it reads a layer below all trainable ones
                     torch.autograd.grad(
                         loss, roots, retain_graph=k != wanted[-1], allow_unused=True
                     )
                     recorder.finish()
                 with attempt.finishing(k):
-                    masses[k] = sizes.found.cpu()
+                    masses[k] = measured.found.cpu()
 
     with gathered(passes, collect) as collect:
         for data_pass, attempt in each_batch(passes, tick):
@@ -131,8 +133,8 @@ def place_masses(
                 collect(data_pass, attempt.batch, masses)
 
 
-class _Sizes:
-    """A receiver of a recorder's factors that adds up sizes, of all and of opposing elements.
+class _Masses:
+    """A receiver of a recorder's factors that adds up masses, of all and of opposing elements.
 
     Where ranks share out the model, the signs of the other gradient are brought together when the
     backward is over, one parameter after the other and in the same order on every rank.
@@ -143,7 +145,7 @@ class _Sizes:
         columns: as `place_masses` takes them.
 
     Attributes:
-        found: `(2, C, n)` fp64, sizes of all and of opposing elements at the tokens of one batch.
+        found: `(2, C, n)` fp64, masses of all and of opposing elements at the tokens of one batch.
     """
 
     def __init__(self, plan: Plan, other: Mapping[str, Tensor], columns: Sequence[int]) -> None:
@@ -170,7 +172,7 @@ class _Sizes:
             (name, Gathered(self._signs(name).to(torch.int8)[None], shards.own(whole)))
             for name, whole in self._plan.parameters.items()
         )
-        for name, signs in next_ahead(coming):
+        for name, signs in one_ahead(coming):
             factors, arrived = self._waiting.pop(name, None), signs.arrived()[0]
             if factors is not None:
                 self._add(name, factors, arrived.to(self._other[name].dtype))
@@ -180,5 +182,5 @@ class _Sizes:
 
     def _add(self, name: str, factors: list[Factor], signs: Tensor) -> None:
         signs = in_working_precision(signs, self._plan.parameters[name])
-        sizes = opposed_masses(factors, signs, name in self._with_zeros)
-        self.found[:, self._column[name]] += sizes.to(self.found.device)
+        masses = opposed_masses(factors, signs, name in self._with_zeros)
+        self.found[:, self._column[name]] += masses.to(self.found.device)

@@ -66,24 +66,24 @@ class Reference:
             return False
         for data_pass, attempt in each_batch(t for t in passes if t.needs & REFERENCE_NEEDS):
             with attempt:
-                moved = attempt.batch.to(device)
+                batch = attempt.batch.to(device)
                 said = []
                 for each in (self.model, model):
-                    with packed_attention(each, moved):
-                        said.append(model_outputs(each, moved, data_pass.needs & REFERENCE_NEEDS))
+                    with packed_attention(each, batch):
+                        said.append(model_outputs(each, batch, data_pass.needs & REFERENCE_NEEDS))
                 equal = equal and _equal(*said)
                 if not equal and not in_step:
                     return False
         return equal
 
     @staticmethod
-    def _log_probabilities(model: nn.Module, moved: Batch) -> Tensor:
-        with packed_attention(model, moved):
-            return model_outputs(model, moved).token_logprob
+    def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+        with packed_attention(model, batch):
+            return model_outputs(model, batch).token_logprob
 
     @torch.no_grad()
-    def of_its_own(self, data_pass: DataPass, batch: Batch, moved: Batch) -> Outputs | None:
-        """The outputs of the reference's own model on `batch`; `moved` is `batch` on the device.
+    def _own_outputs(self, data_pass: DataPass, batch: Batch) -> Outputs | None:
+        """The outputs of the reference's own model on `batch`.
 
         None where the pass needs none, or where the reference has no model of its own.
         """
@@ -92,17 +92,18 @@ class Reference:
             return Outputs(torch.cat([self._stored[place] for place in _places(data_pass, batch)]))
         if not needs or self.model is None:
             return None
-        with packed_attention(self.model, moved):
-            return model_outputs(self.model, moved, needs)
+        with packed_attention(self.model, batch):
+            return model_outputs(self.model, batch, needs)
 
-    def outputs(
-        self, data_pass: DataPass, batch: Batch, moved: Batch, own: Outputs
-    ) -> Outputs | None:
-        """The reference's outputs on `batch`, given the profiled model's outputs `own`.
+    def outputs(self, data_pass: DataPass, batch: Batch, own: Outputs) -> Outputs | None:
+        """The reference's outputs on a batch, None where the pass needs none.
 
-        `moved` is `batch` on the device. None where the pass needs none.
+        Args:
+            data_pass: the pass that the batch belongs to.
+            batch: the batch, on the model's device.
+            own: the profiled model's outputs on the batch.
         """
-        another = self.of_its_own(data_pass, batch, moved)
+        another = self._own_outputs(data_pass, batch)
         if another is not None or not data_pass.needs & REFERENCE_NEEDS:
             return another
         return Outputs(

@@ -108,22 +108,22 @@ def reverse_effects(
         """Run the batch for the objectives that are not done yet."""
         own = list(data_pass.parts)
         products = inner_products(plan, directions.__getitem__)
-        moved = attempt.batch.to(parameters[0].device)
+        batch = attempt.batch.to(parameters[0].device)
         shared = directions if len(own) > 1 and plan.shards is None else None
-        axis = sample_axis(plan.model, moved, per_token)
+        axis = sample_axis(plan.model, batch, per_token)
         with (
-            packed_attention(plan.model, moved),
+            packed_attention(plan.model, batch),
             plan.summing() if norms else plan.frozen(),
             Recorder(plan, products, axis, Recording(directions=shared)) as recorder,
         ):
-            outputs = model_outputs(plan.model, moved, data_pass.needs)
-            other = reference.outputs(data_pass, attempt.batch, moved, outputs)
+            outputs = model_outputs(plan.model, batch, data_pass.needs)
+            other = reference.outputs(data_pass, batch, outputs)
             roots = recorder.roots_of(outputs.token_logprob)
             sources = roots + (parameters if norms else [])
             if recorder.to_be_shown():
                 shown_by = roots + (plan.sources() if norms else [])
-                recorder.show_rows(nll_by_sample(outputs, moved), shown_by)
-            evaluated = plan, data_pass, attempt, outputs, moved, other
+                recorder.show_rows(nll_by_sample(outputs, batch), shown_by)
+            evaluated = plan, data_pass, attempt, outputs, batch, other
             for index, value, grads in backwards(*evaluated, sources, recorder):
                 with attempt.finishing(index):
                     if not attempt.idle:

@@ -89,13 +89,13 @@ def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[st
     size = squared(step)
     if size == 0:
         return
-    part = 1e-3 if wide else 2e-2
+    fraction = 1e-3 if wide else 2e-2
     derivatives = partial(_derivatives, plan, _dual(plan), data_pass, batch, step)
     slope, curvature = map(float, derivatives())
-    # The slope changes by `part` of itself along the reach, the parameters by at most that.
-    reach = part * (squared(plan.held) / size) ** 0.5
+    # The slope changes by `fraction` of itself along the reach, the parameters by at most that.
+    reach = fraction * (squared(plan.held) / size) ** 0.5
     if curvature:
-        reach = min(reach, part * abs(slope / curvature)) or reach
+        reach = min(reach, fraction * abs(slope / curvature)) or reach
 
     def difference(extent: float) -> float:
         sides = (derivatives(at)[0] for at in (extent, -extent))
@@ -153,7 +153,7 @@ def _by_backwards(
     plan: Plan, value: Callable[[], Tensor], step: Mapping[str, Tensor], at: float
 ) -> tuple[Tensor, Tensor]:
     """First and second derivatives of the result of `value`, the second by a graph of the first."""
-    with _moved(plan, step, at) as extent:
+    with _parameters_at(plan, step, at) as extent:
         (slope,) = torch.autograd.grad(value(), extent, create_graph=True)
         (curvature,) = torch.autograd.grad(slope, extent)
     return slope.detach(), curvature
@@ -169,10 +169,10 @@ def _by_forward(
     one = torch.ones_like(start)
 
     def at_extent(extent: Tensor) -> Tensor:
-        def moved(p: Tensor, u: Tensor) -> Tensor:
+        def stepped(p: Tensor, u: Tensor) -> Tensor:
             return p + extent.to(p.dtype) * u[0]
 
-        with dual.moving(along, moved):
+        with dual.moving(along, stepped):
             return value()
 
     def slope(extent: Tensor) -> Tensor:
@@ -207,13 +207,13 @@ _TWICE_DIFFERENTIABLE = {F.layer_norm: _layer_norm}
 
 
 @contextmanager
-def _moved(plan: Plan, step: Mapping[str, Tensor], at: float) -> Iterator[Tensor]:
+def _parameters_at(plan: Plan, step: Mapping[str, Tensor], at: float) -> Iterator[Tensor]:
     """Inside, the parameters are `theta + epsilon u`, functions of `epsilon`, which is yielded.
 
     A parameter that several modules hold is replaced in each.
     """
     extent = torch.tensor(at, dtype=torch.float64, device=plan.device, requires_grad=True)
-    moved = {
+    values = {
         id(p): p.detach() + extent.to(p.device, p.dtype) * step[name].to(p.device, p.dtype)
         for name, p in plan.parameters.items()
     }
@@ -221,11 +221,11 @@ def _moved(plan: Plan, step: Mapping[str, Tensor], at: float) -> Iterator[Tensor
         (module._parameters, key, p)
         for module in plan.model.modules()
         for key, p in module._parameters.items()
-        if id(p) in moved
+        if id(p) in values
     ]
     try:
         for holder, key, p in places:
-            holder[key] = moved[id(p)]  # type: ignore[assignment]
+            holder[key] = values[id(p)]  # type: ignore[assignment]
         yield extent
     finally:
         for holder, key, p in places:

@@ -19,8 +19,8 @@ from geffect_fast.capture.exchange import (
     Gathered,
     OwnColumns,
     WholeRows,
-    next_ahead,
-    share_of,
+    one_ahead,
+    rows_of_holder,
 )
 from geffect_fast.capture.factors import Factor, Lookup, Outer
 from geffect_fast.capture.parts import holders, parts_of
@@ -57,7 +57,7 @@ class ShardedProducts(InnerProducts):
         told = shards.ranks.meet({k: [*map(_Described.of, some)] for k, some in waiting.items()})
         told = [told[rank] for rank in shards.copy]
         sums: list[tuple[str, Tensor, slice]] = []
-        for name, each in next_ahead(self._under_way(waiting, told)):
+        for name, each in one_ahead(self._under_way(waiting, told)):
             if isinstance(each, _DirectionToRows):
                 self.found += [(name, score) for score in each.products()]
             else:
@@ -215,7 +215,7 @@ class _RowsToParts:
         for kind, lengths, first, second in self._coming:
             cut, uncut = first.arrived(), second.arrived()
             cu = Offsets.of([n for some in lengths for n in some])
-            own = share_of(self._own_rank, [len(some) for some in lengths])
+            own = rows_of_holder(self._own_rank, [len(some) for some in lengths])
             found.append((self._of_part(kind, cut, uncut, cu), own))
         return found
 

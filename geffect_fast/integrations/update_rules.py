@@ -13,11 +13,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from geffect_fast.capture import Segments
 from geffect_fast.capture.compat import is_sharded
-from geffect_fast.capture.precision import widened
 from geffect_fast.capture.shards import Shards
 from geffect_fast.capture.summed_backwards import SummedBackwards
 from geffect_fast.data.batch import IGNORE
 from geffect_fast.errors import InputError, UnsupportedModelError, in_one_line
+from geffect_fast.precision import widened
 from geffect_fast.ranks import Ranks
 from geffect_fast.updates import RetainBatch, Updater, UpdateRule, parse
 
@@ -70,7 +70,7 @@ def use_update_rule(
         raise InputError("trainer: has an update rule already; make another Trainer for another")
     if trainer.args.fp16:
         raise InputError(
-            f"update {made}: fp16 scales gradients up, which inner products of them do not bear; "
+            f"update {made}: fp16 scales gradients up, and their inner products then overflow; "
             "use bf16"
         )
     if trainer.model is None:
@@ -191,7 +191,8 @@ class _OfBatches:
             return nll.sum(1) / n_labels
 
         shape, around = rows["input_ids"].shape, self._trainer.compute_loss_context_manager
-        return RetainBatch(Segments.rectangular(shape), shape.numel(), losses, around)
+        axis = Segments.rectangular(shape)
+        return RetainBatch(axis, shape.numel(), losses, around, losses.__code__)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar to `.grad`; with a sharded model, of all ranks' scalars."""

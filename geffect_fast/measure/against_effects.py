@@ -8,7 +8,7 @@ unlearned model. Rank correlations over the runs of a study say which predictor 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ import numpy as np
 
 from geffect_fast.errors import InputError
 from geffect_fast.measure.rank_correlation import FEWEST, RankCorrelation, rank_correlation
+from geffect_fast.metrics.base import Measure
 from geffect_fast.paths import is_there, short_names, user_path
+from geffect_fast.registry import each_once
 from geffect_fast.results.form import check_complete
 from geffect_fast.results.intervals import collateral_of
 from geffect_fast.results.same_data import check_same_data
@@ -29,15 +31,12 @@ if TYPE_CHECKING:
     import xarray as xr
 
 ORIGINAL = "original"
-"""Name of the model before unlearning, among models."""
-
-Number = tuple[float, float, float]
-"""A number, its lower and its upper bound; bounds that are not known are NaN."""
+"""Name of the model before unlearning, along the axis `model`."""
 
 _SIGN = {"unlearn": "u", "retain": "r"}
 _BOUNDS = ("_low", "_high")
 _OF_ROWS = ("forget", "retain", "template", "data_format", "max_length", "date")
-"""Fields that an evaluation takes from the config of its first run where they are not given."""
+"""Fields that an evaluation takes from the config of its first run, where they are not given."""
 
 
 def against_effects(
@@ -163,7 +162,7 @@ def effects_of(
         name: _at_the_start(name, dataset) | later.get(name, {}) for name, dataset in opened.items()
     }
     shared = [name for name in found[first] if all(name in of for of in found.values())]
-    table = np.array([[of[name] for name in shared] for of in found.values()])
+    table = np.array([[astuple(of[name]) for name in shared] for of in found.values()])
     return xr.Dataset(
         {
             f"effect{side}": (("run", "predictor"), table[..., i])
@@ -207,7 +206,8 @@ def _opened(
         trained = dataset.attrs.get("trained_objective")
         if "step" not in dataset["g_effect"].dims or trained not in dataset["objective"].values:
             raise InputError(
-                f"against_effects: {name} is of no training on one objective; give runs of unlearn"
+                f"against_effects: {name} is not the result of a training on one objective; give "
+                "runs of unlearn"
             )
         if int(dataset["step"].values[0]) != 0:
             raise InputError(
@@ -233,13 +233,10 @@ def study_runs(folders: Sequence[str | Path]) -> list[str]:
         inside = sorted(path.parent for path in place.glob(f"*/{RESULTS}"))
         if not inside:
             raise InputError(
-                f"against_effects: {given} is no run and holds none; give folders of unlearn"
+                f"against_effects: {given} is not a run and holds no runs; give folders of unlearn"
             )
         found += map(str, inside)
-    for i, run in enumerate(found):
-        if run in found[:i]:
-            raise InputError(f"against_effects: {run} is listed twice; leave one out")
-    return found
+    return list(each_once("against_effects", found))
 
 
 def models_of_runs(runs: Sequence[str]) -> tuple[dict[str | int, str], str, UnlearnConfig]:
@@ -255,7 +252,7 @@ def models_of_runs(runs: Sequence[str]) -> tuple[dict[str | int, str], str, Unle
         config = load_config(folder / CONFIG) if is_there(folder / CONFIG) else None
         if not isinstance(config, UnlearnConfig):
             raise InputError(
-                f"against_effects: {run} is no run of geffect-fast unlearn; give its folders"
+                f"against_effects: {run} is not a run of geffect-fast unlearn; give its folders"
             )
         if not is_there(folder / "model"):
             raise InputError(
@@ -273,8 +270,8 @@ def models_of_runs(runs: Sequence[str]) -> tuple[dict[str | int, str], str, Unle
     names = short_names(runs)
     if ORIGINAL in names:
         raise InputError(
-            f"against_effects: run {names[ORIGINAL]} is called as the model before unlearning; "
-            "rename its folder"
+            f"against_effects: run {names[ORIGINAL]} has the name of the model before unlearning, "
+            f"'{ORIGINAL}'; rename its folder"
         )
     models: dict[str | int, str] = {ORIGINAL: first.model}
     models |= {name: f"{run}/model" for name, run in names.items()}
@@ -297,14 +294,14 @@ def with_runs(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _at_the_start(name: str, dataset: xr.Dataset) -> dict[str, Number]:
+def _at_the_start(name: str, dataset: xr.Dataset) -> dict[str, Measure]:
     """Values and bounds at step 0 of a run, for the objective that it was trained on, by predictor.
 
     Raises:
         InputError: `e_u` or `e_r` is not finite.
     """
     first = dataset.isel(step=0).sel(objective=dataset.attrs["trained_objective"])
-    found: dict[str, Number] = {}
+    found: dict[str, Measure] = {}
     for variable, of_all in dataset.data_vars.items():
         kind = str(variable)
         by_objective_and_risk = {"objective", "risk"} <= set(of_all.dims)
@@ -314,22 +311,23 @@ def _at_the_start(name: str, dataset: xr.Dataset) -> dict[str, Number]:
         of = of.sum([dim for dim in of.dims if dim != "risk"], skipna=False)
         called = "e" if kind == "g_effect" else kind
         for risk in of["risk"].values.tolist():
-            low, high = (_number(first.sel(risk=risk), f"{kind}{side}") for side in _BOUNDS)
-            found[f"{called}_{_SIGN.get(risk, risk)}"] = float(of.sel(risk=risk)), low, high
+            low, high = (_value_of(first.sel(risk=risk), f"{kind}{side}") for side in _BOUNDS)
+            predictor = f"{called}_{_SIGN.get(risk, risk)}"
+            found[predictor] = Measure(float(of.sel(risk=risk)), low, high)
         if kind == "g_effect":
-            low, high = (_number(first, f"collateral{side}") for side in _BOUNDS)
-            found["collateral"] = float(collateral_of(of.values)), low, high
-    if not np.isfinite([found["e_u"][0], found["e_r"][0]]).all():
+            low, high = (_value_of(first, f"collateral{side}") for side in _BOUNDS)
+            found["collateral"] = Measure(float(collateral_of(of.values)), low, high)
+    if not np.isfinite([found["e_u"].value, found["e_r"].value]).all():
         raise InputError(f"against_effects: the effects of {name} are not finite; leave it out")
     return found
 
 
-def _number(dataset: xr.Dataset, name: str) -> float:
+def _value_of(dataset: xr.Dataset, name: str) -> float:
     """The number `name` of a result; NaN where the result has no such variable."""
     return float(dataset[name]) if name in dataset else np.nan
 
 
-def _later_predictions(opened: Mapping[str, xr.Dataset]) -> dict[str, dict[str, Number]]:
+def _later_predictions(opened: Mapping[str, xr.Dataset]) -> dict[str, dict[str, Measure]]:
     """First-order changes by the updates up to the second probe, by run and predictor.
 
     There are none unless all runs have a second probe at the same step. The changes `-lr e` are
@@ -343,7 +341,9 @@ def _later_predictions(opened: Mapping[str, xr.Dataset]) -> dict[str, dict[str, 
     )
     return {
         name: {
-            f"{word}_{_SIGN.get(risk, risk)}": (float(each[kind].sel(risk=risk)), np.nan, np.nan)
+            f"{word}_{_SIGN.get(risk, risk)}": Measure(
+                float(each[kind].sel(risk=risk)), np.nan, np.nan
+            )
             for kind, word in called.items()
             if kind in each
             for risk in each["risk"].values.tolist()

@@ -124,7 +124,7 @@ def effects_beside(
     labels, columns = resolution.columns()
     placed = effects.new_zeros(*effects.shape[:2], len(labels))
     placed.index_add_(2, torch.tensor(columns), effects)
-    by = resolution.by_place
+    by = resolution.by_parameter_or_group
     if by is None:
         return variables | {"step_effect": (("objective", "risk"), placed[..., 0].numpy())}
     return variables | {"step_effect": (("objective", "risk", by), placed.numpy())}
@@ -152,14 +152,14 @@ def conflicts_of(
     schedule.add_up_parts([masses])
     traces = fisher_traces(schedule.plan, schedule.risk_passes, len(risks), reference, tick)
     labels, columns = resolution.columns()
-    of_parts = traces.new_zeros(len(traces), len(labels))
-    of_parts.index_add_(1, torch.tensor(columns), traces)
+    placed = traces.new_zeros(len(traces), len(labels))
+    placed.index_add_(1, torch.tensor(columns), traces)
     found = {
         "gradient_mass": ("objective", masses[:, 0]),
         "conflict_share": ("objective", masses[:, 1] / masses[:, 0]),
-        "fisher_trace": ("risk", of_parts.T),
+        "fisher_trace": ("risk", placed.T),
     }
-    by = resolution.by_place
+    by = resolution.by_parameter_or_group
     return {
         name: ((dim,), of[0].numpy()) if by is None else ((by, dim), of.numpy())
         for name, (dim, of) in found.items()
@@ -186,7 +186,7 @@ def place_conflicts_of(
         mixture,
         {name: of[at] for name, of in directions.items()},
         reference,
-        EffectArray(mixture, masses, resolution.places).place,
+        EffectArray(mixture, masses, resolution.indices_within).add_mixed,
         columns=resolution.columns()[1],
         tick=tick,
     )

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.attribution import ANY, code_of
+from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.compat import frequencies_at_first
+from geffect_fast.capture.keys import function_key, model_key
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
-from geffect_fast.data.batch import Batch, Role
+from geffect_fast.data.batch import Batch
 from geffect_fast.data.packing import split_batch
 from geffect_fast.engines.batches import (
     Attempt,
@@ -74,12 +76,10 @@ class CapturedNumbers:
             token_budget
             or estimate_token_budget(plan.model, n_directions=1, shared=True, logits=True)
         )
-
-        def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:
-            return make_batches(sample_set, roles, token_budget=allowed.tokens, layout=layout)
-
-        self.risk = DataPass(batches_of("", ("answer",)), {0: NLL()}, token_budget=allowed)
-        self.passes = passes_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, allowed)
+        batches_of = partial(make_batches, sample_set, token_budget=allowed.tokens, layout=layout)
+        self.risk = DataPass(batches_of(("answer",)), {0: NLL()}, token_budget=allowed)
+        offsets = {"forget": 0, "retain": self.n}
+        self.passes = passes_for(self.parts, lambda _, roles: batches_of(roles), offsets, allowed)
 
     @property
     def pairs(self) -> list[tuple[Batch, Batch]]:
@@ -99,7 +99,8 @@ class CapturedNumbers:
         self.plan.learned.served.clear()
         # Plain autograd is compared with all of it, so functional need not show by itself that rows
         # belong to their samples.
-        self.plan.learned.shown.add((code_of(_sample_nll), ANY))
+        key = function_key(_sample_nll), model_key(self.plan.model)
+        self.plan.learned.note_shown(key, ANY)
         return Numbers(self._effects(tick), *self._norms_and_products(tick))
 
     def _effects(self, tick: Tick) -> Tensor:

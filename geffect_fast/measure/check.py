@@ -34,6 +34,7 @@ from geffect_fast.measure.precision import (
     WIDER,
     coarsest_dtype,
     computing_in,
+    dtype_name,
     widened_copy,
 )
 from geffect_fast.measure.prepare import prepare
@@ -47,14 +48,14 @@ from geffect_fast.terminal import progress_bar
 
 QUANTITIES = ("effects", "norms", "products")
 SMALL = 1e-3
-"""The least scale of errors, as a part of the model's largest norm (squared for effects and
-products). A smaller gradient is a difference of larger numbers, at which no method that rounds on
-the way is precise, so its errors are relative to this scale."""
+"""Smallest scale that errors are relative to, as a part of the model's largest norm (squared for
+effects and products). A smaller gradient is a difference of larger numbers, and every method that
+rounds on the way is imprecise there."""
 ALLOWANCE = 2.0
 """Multiple of plain autograd's own rounding error up to which an error is still rounding."""
 NOISE = 0.5
-"""Part of an objective's largest effect that rounding errors reach only where the objective is at
-its minimum, so that its effects are nothing but rounding."""
+"""Rounding errors reach this part of an objective's largest effect only where the objective is at
+its minimum: its effects are then nothing but rounding."""
 
 
 @dataclass(frozen=True)
@@ -228,12 +229,12 @@ def _checked(
     token_budget = reading.token_budget
     plan = Plan.of(model, may_be_sharded=True)
     if plan.shards is not None:
-        plan.shards.ranks.check_same(prepared.told_apart_by())
+        plan.shards.ranks.check_same(prepared.arguments_in_words())
     dtype = coarsest_dtype(model)
 
     def plain_in(precision: torch.dtype) -> Numbers:
         other = model if precision == dtype else widened_copy(model, precision)
-        what = f"plain autograd, {_name(precision)}"
+        what = f"plain autograd, {dtype_name(precision)}"
         n_tokens = plain_tokens(other, sample_set, chosen)
         with (
             computing_in(precision, other),
@@ -267,8 +268,8 @@ def _checked(
         coverage=plan.coverage(uncovered),
         uncovered=uncovered,
         unreached=unreached,
-        dtype=_name(dtype),
-        wider=None if found.wider is None else _name(found.wider),
+        dtype=dtype_name(dtype),
+        wider=None if found.wider is None else dtype_name(found.wider),
         tolerance=TOLERANCE[dtype],
         layout=layout,
         objectives=tuple(str(objective) for objective in chosen),
@@ -285,8 +286,8 @@ def _check_finite(plain: Numbers, plan: Plan) -> None:
     if bad.any():
         name = list(plan.parameters)[int(bad.nonzero()[0])]
         raise NonFiniteError(
-            f"the gradient at {name} is not finite, also by plain autograd; check the data and "
-            "the model's precision"
+            f"the gradient at {name} is not finite, also by plain autograd",
+            remedy="check the data and the model's precision",
         )
 
 
@@ -424,7 +425,3 @@ def _largest(errors: Tensor) -> float:
 
 def _root_mean_square(errors: Tensor) -> float:
     return float(errors.square().mean().sqrt())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,24 +20,23 @@ from torch import nn
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture.compat import check_finite, check_is_model, is_sharded
 from geffect_fast.control_settings import Controlling
-from geffect_fast.data import SampleSet, read_rows
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluator import Evaluator, Model, checked_probes
 from geffect_fast.measure.mixture import Mixture
 from geffect_fast.measure.models import load_like, load_model
-from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure
+from geffect_fast.measure.sources import read_sets
+from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, RETAIN, Measure
 from geffect_fast.metrics.gradient_norms import NORM_NEEDS
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import short_names
 from geffect_fast.ranks import here, on_all_ranks
+from geffect_fast.registry import each_once
 from geffect_fast.storage.model_folder import new_folder
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
     import xarray as xr
-
-RETAIN = "retain"
 
 
 @with_settings(Controlling)
@@ -144,10 +143,7 @@ def methods_by_name(unlearned: Any) -> dict[str, Model]:
     elif isinstance(unlearned, nn.Module):
         named = {"unlearned": unlearned}
     elif isinstance(unlearned, Sequence) and all(isinstance(u, str | Path) for u in unlearned):
-        texts = [str(each) for each in unlearned]
-        if len(set(texts)) < len(texts):
-            raise InputError("unlearned: a model is listed twice; leave one out")
-        named = {**short_names(texts)}
+        named = {**short_names(each_once("unlearned", map(str, unlearned)))}
     elif isinstance(unlearned, Sequence):
         named = {f"unlearned {i}": model for i, model in enumerate(unlearned, 1)}
     else:
@@ -167,49 +163,47 @@ def check_save_names(folder: Path | None, named: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Share:
-    """The largest share `alpha` of an unlearned model that was found to keep enough.
+class LargestAlpha:
+    """The largest `alpha` of an unlearned model that was found to keep enough.
 
     Attributes:
-        alpha: the share, at which enough is kept.
-        lost: the smallest share measured beyond `alpha`, at which too little is kept; NaN where
+        alpha: the value found, at which enough is kept.
+        lost: the smallest `alpha` measured beyond it, at which too little is kept; NaN where
             `alpha` is 1.
-        curve: retention by share, at all shares that were measured.
         monotone: whether retention never rises along the grid.
     """
 
     alpha: float
     lost: float
-    curve: Mapping[float, float] = field(repr=False)
     monotone: bool
 
 
-def largest_share(kept: Callable[[float], float], tau: float, grid: int, tolerance: float) -> Share:
-    """The largest share of the unlearned model that keeps at least `tau` of the retention at 0.
+def largest_alpha(
+    kept: Callable[[float], float], tau: float, grid: int, tolerance: float
+) -> LargestAlpha:
+    """The largest `alpha` that keeps at least `tau` of the retention at 0.
 
     The last point of the grid at which enough is kept is refined by bisection. So where retention
     falls and rises again, the last fall that the grid shows is found.
 
     Args:
-        kept: the retention at a share from 0 to 1; `kept(0)` is positive.
+        kept: the retention at an `alpha` from 0 to 1; `kept(0)` is positive.
         tau: the part of `kept(0)` that is enough.
         grid: number of equal steps from 0 to 1.
-        tolerance: largest distance between the share found and the one beyond it.
+        tolerance: largest distance between the `alpha` found and the one beyond it.
     """
     alphas = [step / grid for step in range(grid + 1)]
-    curve = {alpha: kept(alpha) for alpha in alphas}
-    least = tau * curve[0.0]
-    values = list(curve.values())
+    values = [kept(alpha) for alpha in alphas]
+    least = tau * values[0]
     monotone = all(after <= before for before, after in pairwise(values))
     last = max(step for step, value in enumerate(values) if value >= least)
     if last == grid:
-        return Share(1.0, math.nan, curve, monotone)
+        return LargestAlpha(1.0, math.nan, monotone)
     low, high = alphas[last], alphas[last + 1]
     while high - low > tolerance:
         middle = (low + high) / 2
-        curve[middle] = kept(middle)
-        low, high = (middle, high) if curve[middle] >= least else (low, middle)
-    return Share(low, high, curve, monotone)
+        low, high = (middle, high) if kept(middle) >= least else (low, middle)
+    return LargestAlpha(low, high, monotone)
 
 
 class Control:
@@ -248,21 +242,14 @@ class Control:
             place = device or next(original.parameters()).device
             self._working = copy.deepcopy(original).to(place)
         self._check_forget(sources, retain_model)
-        form = settings.data_format
-        read = {
-            name: source
-            if isinstance(source, SampleSet)
-            else read_rows(source, name=name, data_format=form)
-            for name, source in sources.items()
-            if source is not None
-        }
+        read = read_sets(sources, settings.data_format)
         values = settings.fields(Evaluating)
         self._evaluator = Evaluator(
             self._working, tokenizer, Evaluating(**values), read, reference_model, retain_model
         )
         kept = values | {"metrics": (self._metric,), "suite": None}
         together = {name for name in read if name in self._metric.on}
-        self._keeper = Evaluator(
+        self._retention_evaluator = Evaluator(
             self._working,
             tokenizer,
             Evaluating(**kept),
@@ -298,7 +285,7 @@ class Control:
     @property
     def token_budget(self) -> int:
         """Tokens a batch; fewer than at first where memory ran out."""
-        return min(self._evaluator.token_budget, self._keeper.token_budget)
+        return min(self._evaluator.token_budget, self._retention_evaluator.token_budget)
 
     def loaded(self, name: str, source: Model) -> nn.Module:
         """An unlearned model; from a folder it is loaded in the original's precision.
@@ -318,7 +305,7 @@ class Control:
         *,
         progress: bool = False,
     ) -> xr.Dataset:
-        """Find each method's share, measure its models, and return the result of `control`.
+        """Find each method's `alpha`, measure its models, and return the result of `control`.
 
         Args:
             methods: unlearned models, or their folders, by name.
@@ -326,11 +313,13 @@ class Control:
             save: a folder for the mixed models, on the rank that writes.
             progress: show a bar.
         """
-        shares: dict[str, Share] = {}
+        largest: dict[str, LargestAlpha] = {}
         curves: dict[str, dict[float, Measure]] = {}
-        at_share, as_given = [], []
-        saves = self._keeper.ranks.first_of(save is not None)
-        for name, source in methods.items():
+        at_alpha, as_given = [], []
+        saves = self._retention_evaluator.ranks.first_of(save is not None)
+
+        def add(name: str, source: Any) -> None:
+            """Add the numbers of one method, whose models are freed at the end of this call."""
             what = f"unlearned {name}"
             unlearned = load(name, source)
             check_is_model(unlearned, what)
@@ -343,35 +332,38 @@ class Control:
                         "their base"
                     )
                 curves[name] = {0.0: self._kept}
-                shares[name] = self._share(mixture, curves[name], name, progress)
-                share = shares[name].alpha
+                largest[name] = self._largest_alpha(mixture, curves[name], name, progress)
+                alpha = largest[name].alpha
                 measured = {0.0: self._own}
-                for alpha in sorted({share, 1.0} - {0.0}):
-                    at = mixture.at(alpha)
-                    measured[alpha] = self._evaluator.measure(at, what=_called(name, alpha))
-                at_share.append(measured[share])
+                for each in sorted({alpha, 1.0} - {0.0}):
+                    at = mixture.at(each)
+                    measured[each] = self._evaluator.measure(at, what=_called(name, each))
+                at_alpha.append(measured[alpha])
                 as_given.append(measured[1.0]["value"])
                 if saves:
-                    mixture.at(share)
+                    mixture.at(alpha)
                     mixture.save(None if save is None else save / name, self._tokenizer)
             finally:
                 mixture.put_back()
-            del at, mixture, unlearned
+
+        for name, source in methods.items():
+            add(name, source)
             if is_sharded(self._original):
                 gc.collect()  # FSDP's modules hold each other
-        return self._dataset(shares, curves, at_share, as_given)
+        return self._dataset(largest, curves, at_alpha, as_given)
 
     @property
     def _reads_gradients(self) -> bool:
         return any(not {*m.wants()}.isdisjoint(NORM_NEEDS) for m in self._evaluator.metrics)
 
-    def _share(
+    def _largest_alpha(
         self, mixture: Mixture, curve: dict[float, Measure], name: str, progress: bool
-    ) -> Share:
+    ) -> LargestAlpha:
+        """Find the largest `alpha` of a method; every retention measured is added to `curve`."""
         settings = self._settings
         halvings = max(0, math.ceil(math.log2(1 / settings.grid / settings.tolerance)))
         total = settings.grid + 1 + halvings
-        shown = progress and self._keeper.ranks.first
+        shown = progress and self._retention_evaluator.ranks.first
         with progress_bar(shown, f"retention of {name}", total) as update:
 
             def kept(alpha: float) -> float:
@@ -380,29 +372,29 @@ class Control:
                 update(advance=1)
                 return curve[alpha].value
 
-            return largest_share(kept, settings.tau, settings.grid, settings.tolerance)
+            return largest_alpha(kept, settings.tau, settings.grid, settings.tolerance)
 
     def _retention(self, model: nn.Module, what: str) -> tuple[Measure, str]:
         """The retention of a model, and the set that the number is of: `all` or `retain`."""
-        found = self._keeper.measure(model, what=what).isel(metric=0)
+        found = self._retention_evaluator.measure(model, what=what).isel(metric=0)
         on = ALL if ALL in found["set"].values else RETAIN
         of = found.sel(set=on)
         return Measure(*(float(of[n]) for n in ("value", "value_low", "value_high"))), on
 
     def _dataset(
         self,
-        shares: Mapping[str, Share],
+        largest: Mapping[str, LargestAlpha],
         curves: Mapping[str, Mapping[float, Measure]],
-        at_share: Sequence[xr.Dataset],
+        at_alpha: Sequence[xr.Dataset],
         as_given: Sequence[xr.DataArray],
     ) -> xr.Dataset:
         import xarray as xr
 
         settings = self._settings
-        along = xr.DataArray(list(shares), dims="model", name="model")
-        found = xr.concat(at_share, along, combine_attrs="override")
+        along = xr.DataArray(list(largest), dims="model", name="model")
+        found = xr.concat(at_alpha, along, combine_attrs="override")
         alphas = sorted({alpha for curve in curves.values() for alpha in curve})
-        table = np.full((3, len(shares), len(alphas)), np.nan)
+        table = np.full((3, len(largest), len(alphas)), np.nan)
         for row, curve in enumerate(curves.values()):
             for alpha, measure in curve.items():
                 column = alphas.index(alpha)
@@ -414,9 +406,9 @@ class Control:
                 retention=(curve_of, table[0]),
                 retention_low=(curve_of, table[1]),
                 retention_high=(curve_of, table[2]),
-                alpha_chosen=("model", [share.alpha for share in shares.values()]),
-                alpha_lost=("model", [share.lost for share in shares.values()]),
-                monotone=("model", [share.monotone for share in shares.values()]),
+                alpha_chosen=("model", [each.alpha for each in largest.values()]),
+                alpha_lost=("model", [each.lost for each in largest.values()]),
+                monotone=("model", [each.monotone for each in largest.values()]),
                 original_value=self._own["value"],
                 unlearned_value=xr.concat(as_given, along),
             )
@@ -437,7 +429,7 @@ class Control:
 
 
 def _called(name: str, alpha: float) -> str:
-    """The name of a share of an unlearned model, for messages."""
+    """The name of a mixture with an unlearned model, for messages."""
     return f"unlearned {name}" if alpha == 1 else f"share {alpha:.3g} of unlearned {name}"
 
 
@@ -450,12 +442,14 @@ def _retention_metric(text: str) -> Any:
     """
     metrics = resolved_metrics(text)
     if len(metrics) != 1:
-        raise InputError(f"metric: {text!r} is several; give one, and further ones by --metrics")
+        raise InputError(
+            f"metric: {text!r} names several metrics; give one here, and the others by --metrics"
+        )
     (metric,) = metrics
     if metric.within != (0.0, 1.0):
         raise InputError(
-            f"metric {metric}: it is not between 0 and 1 with 1 for all that is known, so no part "
-            "of it can be kept; give such as extraction_strength or probability"
+            f"metric {metric}: retention needs a metric between 0 and 1, where 1 means that all is "
+            "known; give one such as extraction_strength or probability"
         )
     if not metric.reads(RETAIN):
         raise InputError(

@@ -15,7 +15,7 @@ from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import Collect, DataPass, Tick
 from geffect_fast.engines.choice import Engine
 from geffect_fast.engines.directions import accumulate_gradients, place_beside
-from geffect_fast.engines.forward import Move, forward_effects
+from geffect_fast.engines.forward import ParameterPass, forward_effects
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.measure.step_metric import NextStep
@@ -92,7 +92,7 @@ def find_effects(
     resolution: Resolution,
     array: Any,
     *,
-    moves: Sequence[Move],
+    parameter_passes: Sequence[ParameterPass],
     norms: bool,
     tick: Tick,
     step: NextStep | None = None,
@@ -109,7 +109,7 @@ def find_effects(
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         resolution: the axes.
         array: effects of `resolution.shape`, added to in place; None: another rank holds the array.
-        moves: of the forward engine.
+        parameter_passes: of the forward engine.
         norms: whether the reverse engine forms whole gradients too.
         tick: progress.
         step: the step in whose metric effects and Gram matrices are; None: they are plain.
@@ -120,7 +120,7 @@ def find_effects(
     n_parts = mixture.shape[1]
     names = list(plan.parameters)
     within = resolution.within is not None
-    effects = EffectArray(mixture, array, resolution.places if within else None)
+    effects = EffectArray(mixture, array, resolution.indices_within if within else None)
     collect: Collect = _nowhere if array is None else effects.add
     if engine == "forward":
         values, summed = forward_effects(
@@ -130,7 +130,7 @@ def find_effects(
             n_parts,
             reference,
             collect,
-            moves=moves,
+            parameter_passes=parameter_passes,
             per_token=within,
             tick=tick,
         )

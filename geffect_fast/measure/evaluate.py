@@ -11,7 +11,7 @@ from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.evaluation_settings import MetricsAndTasks
 from geffect_fast.measure.evaluator import Evaluator, Model, checked_probes
 from geffect_fast.measure.harness import Harness
-from geffect_fast.metrics.base import FORGET, HOLDOUT
+from geffect_fast.metrics.base import FORGET, HOLDOUT, RETAIN
 from geffect_fast.ranks import here, on_all_ranks
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def evaluate(
         >>> result.value.sel(metric="rouge_l", set="forget")
     """
     checked, progress = checked_config(MetricsAndTasks, settings), progress and here().first
-    sources = {FORGET: forget, "retain": retain, HOLDOUT: holdout, **checked_probes(probes)}
+    sources = {FORGET: forget, RETAIN: retain, HOLDOUT: holdout, **checked_probes(probes)}
     harness = Harness(checked, tokenizer, sources) if checked.lm_eval_tasks else None
     evaluator = Evaluator(model, tokenizer, checked, sources, reference_model, retain_model)
     measures = evaluator.measure(model, progress=progress)

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from torch import device, nn
 
 from geffect_fast.control_settings import ControlConfig
-from geffect_fast.data import read_rows
 from geffect_fast.evaluation_settings import EvaluateConfig
-from geffect_fast.measure.execute import machine, on_threads, tokenizer_of
+from geffect_fast.measure.by_config import on_threads, recorded_machine, tokenizer_of
+from geffect_fast.measure.sources import read_sets
 from geffect_fast.ranks import here
 from geffect_fast.relearn_settings import RelearnConfig
-from geffect_fast.storage.evaluation import save_evaluation
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import Sums
 from geffect_fast.storage.model_folder import check_model_source
-from geffect_fast.storage.run_folder import check_free
+from geffect_fast.storage.run_folder import EVALUATION, check_free
+from geffect_fast.storage.save_run import save_run
 from geffect_fast.terminal import print_notice
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def compared_bytes(config: EvaluateConfig | ControlConfig, model: nn.Module) -> 
     return compared * sum(p.nbytes for p in model.parameters())
 
 
-def read_sets(
+def read_sets_of(
     config: Config, sources: Mapping[str, str | None], own: str, what: str, progress: bool
 ) -> tuple[dict[str, Any], Any]:
     """Read data sets and load the tokenizer for them.
@@ -64,12 +64,7 @@ def read_sets(
         Rows by name, None for a set that is not given; the tokenizer, or None where rows need none.
     """
     found: list[str] = []
-    sets = {
-        name: None
-        if source is None
-        else read_rows(source, name=name, data_format=config.data_format, tell=found.append)
-        for name, source in sources.items()
-    }
+    sets = read_sets(sources, config.data_format, found.append)
     if progress:
         print_notice(*found)
     has_text = any(rows is not None and "input_ids" not in rows[0] for rows in sets.values())
@@ -105,7 +100,7 @@ class EvaluationFolder:
 
         Args:
             dataset: the results.
-            where: the fields of `machine`: threads, device and precision of the run.
+            where: the fields of `recorded_machine`: threads, device and precision of the run.
             token_budget: tokens of a batch that fitted into memory.
             rows: digests of the tokenised rows, by set.
         """
@@ -116,11 +111,13 @@ class EvaluationFolder:
         chosen = {"metrics": tuple(map(str, config.metrics)), "token_budget": token_budget}
         replay = config.model_copy(update={**chosen, "rows": rows, **where})
         read = inputs_of(config) | dict(self.inputs)
-        save_evaluation(self.out, dataset, replay, self.overwrite, self.report, read, sums)
+        save_run(
+            *(self.out, dataset, replay, self.overwrite, self.report, read, sums), file=EVALUATION
+        )
 
     def machine(self, on: device, model: nn.Module) -> dict[str, Any]:
         """Threads, device and precision of the run, as its config records them."""
-        return machine(self.threads, on, model)
+        return recorded_machine(self.threads, on, model)
 
 
 def check_out(config: Config, out: str | Path, overwrite: bool, inputs: Inputs) -> None:

@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from geffect_fast.capture.compat import check_is_model, check_replicas, is_sharded
+from geffect_fast.capture.compat import (
+    check_is_model,
+    check_replicas,
+    is_sharded,
+    table_of_positions,
+    vocabulary_size,
+)
 from geffect_fast.capture.modes import evaluating
 from geffect_fast.capture.shards import at_work
 from geffect_fast.data import (
     Sample,
     SampleSet,
     estimate_token_budget,
-    read_rows,
     tokenize_choices,
     tokenize_rows,
 )
@@ -31,14 +36,15 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.models import load_like
-from geffect_fast.measure.prepare import check_model, table_of_positions
-from geffect_fast.measure.sources import Sources
+from geffect_fast.measure.precision import dtype_name
+from geffect_fast.measure.prepare import check_model
+from geffect_fast.measure.sources import Sources, read_sets
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Metric, Seen
 from geffect_fast.metrics.dataset import measures_dataset
 from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
-from geffect_fast.metrics.observed import Observed, known, read_log
+from geffect_fast.metrics.observed import Observed, read_log, required
 from geffect_fast.metrics.registry import resolved_metrics
-from geffect_fast.metrics.rows import DataRows, check_examples, kind_of, rows_of
+from geffect_fast.metrics.rows import DataRows, check_examples, kind_of, metric_rows
 from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digest, digests
 from geffect_fast.terminal import progress_bar
@@ -96,13 +102,8 @@ class Evaluator:
         needs = {need for metric in self.metrics for need in metric.wants()}
         self._check_given(needs, given, reference_model, retain_model)
         self._settings, self._tokenizer = settings, tokenizer
-        self._first, self._vocabulary = weakref.ref(model), vocabulary(model)
-        read = {
-            name: source
-            if isinstance(source, SampleSet)
-            else read_rows(source, name=name, data_format=settings.data_format)
-            for name, source in given.items()
-        }
+        self._first, self._vocabulary = weakref.ref(model), vocabulary_size(model)
+        read = read_sets(given, settings.data_format)
         kinds = {name: kind_of(rows) for name, rows in read.items()}
         check_examples(kinds)
         self._tell_unread(kinds)
@@ -119,7 +120,7 @@ class Evaluator:
         }
         self._positions = table_of_positions(model)
         self.sets = {
-            name: rows_of(
+            name: metric_rows(
                 rows,
                 name,
                 reading[name],
@@ -136,7 +137,7 @@ class Evaluator:
         self._reference: dict[str, Any] = {}
         self._retrained: dict[str, Observed] = {}
         with self._together(model):
-            self.ranks.check_same(self._told_apart_by(reference_model, retain_model))
+            self.ranks.check_same(self._arguments_in_words(reference_model, retain_model))
             self._budget = TokenBudget(settings.token_budget or self._tokens_that_fit(model))
             self._agree_on_budget()
             if "reference" in needs and reference_model is not None:
@@ -185,7 +186,6 @@ class Evaluator:
         for name, scored in self._reference.items():
             seen[name] = replace(seen[name], reference=scored)
         every = Seen(seen, self._retrained)
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         return measures_dataset(
             self.metrics,
             [metric.measures(every) for metric in self.metrics],
@@ -197,7 +197,7 @@ class Evaluator:
                 "token_budget": self.token_budget,
                 "date": self._settings.date,
                 "digests": json.dumps(self.rows),
-                "dtype": dtype,
+                "dtype": dtype_name(next(model.parameters()).dtype),
             },
         )
 
@@ -210,7 +210,7 @@ class Evaluator:
         """Set the token budget to the smallest of all ranks."""
         self._budget.tokens = min(self.ranks.meet(self._budget.tokens))
 
-    def _told_apart_by(self, *compared: Model | None) -> dict[str, Any]:
+    def _arguments_in_words(self, *compared: Model | None) -> dict[str, Any]:
         """Descriptions of all arguments that must be the same on all ranks, by argument name."""
         named = [type(m).__name__ if isinstance(m, nn.Module) else str(m) for m in compared]
         rows: dict[str, Any] = {}
@@ -307,11 +307,11 @@ class Evaluator:
         """
         if is_sharded(model) and self.ranks.size == 1:
             raise InputError(f"{what}: FSDP shares it out; evaluate it on all of its ranks")
-        own, first = vocabulary(model), self._vocabulary
+        own, first = vocabulary_size(model), self._vocabulary
         if own != first:
             raise InputError(
-                f"{what}: it knows {own} tokens and the first model {first}; evaluate models of "
-                "different vocabularies apart, each with its own tokenizer"
+                f"{what}: its vocabulary has {own} tokens and the first model's {first}; evaluate "
+                "models of different vocabularies apart, each with its own tokenizer"
             )
         numbered = enumerate(s for rows in self.sets.values() for s in rows.every_set())
         check_model(model, {str(i): each for i, each in numbered}, what)
@@ -390,7 +390,7 @@ class Evaluator:
     def _check_split(self, log: Observed | None, source: str | Path) -> None:
         """Raise `InputError` where a saved log is of other forget rows than those given."""
         questions = self.sets[FORGET].answers.questions
-        n = 0 if log is None else len(known(log.paraphrases))
+        n = 0 if log is None else len(required(log.paraphrases))
         if log is None or n != len(questions):
             raise InputError(
                 f"retain_model: log {source} is of {n} forget rows, and there are "
@@ -413,10 +413,3 @@ def _check_reads_no_text(reading: Mapping[str, Sequence[Metric]]) -> None:
                     f"{name}: metric {metric} reads text, for which tokenised rows need a "
                     "tokenizer; give one (--tokenizer), or leave the metric out"
                 )
-
-
-def vocabulary(model: nn.Module) -> int | None:
-    """Number of tokens in a model's vocabulary; None where its config does not give the number."""
-    config: Any = getattr(model, "config", None)
-    size = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
-    return size if isinstance(size, int) else None

@@ -14,17 +14,18 @@ from torch import nn
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.control_settings import ControlConfig, Controlling
 from geffect_fast.errors import InputError
+from geffect_fast.measure.by_config import load_by_config
 from geffect_fast.measure.control import Control, check_save_names
 from geffect_fast.measure.evaluation_run import (
     check_compared,
     check_out,
     compared_bytes,
     evaluation_folder,
-    read_sets,
+    read_sets_of,
 )
 from geffect_fast.measure.evaluator import checked_probes
-from geffect_fast.measure.execute import loaded
 from geffect_fast.measure.models import resolve_device
+from geffect_fast.metrics.base import FORGET, HOLDOUT, RETAIN
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import user_path
 from geffect_fast.ranks import here, on_all_ranks
@@ -85,9 +86,9 @@ def execute_control(
     if save is not None:
         check_save_names(check_new_folder(save, "--save"), methods)
     device = resolve_device(config.device)
-    sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
+    sources = {FORGET: config.forget, RETAIN: config.retain, HOLDOUT: config.holdout}
     sources |= checked_probes(config.probes)
-    sets, tokenizer = read_sets(
+    sets, tokenizer = read_sets_of(
         config, sources, config.original, "original", progress and ranks.first
     )
 
@@ -97,7 +98,7 @@ def execute_control(
     ):
         at_rest = torch.device("cpu")  # where whole models lie that are mixed
         beside = partial(compared_bytes, config)
-        original: nn.Module = loaded(
+        original: nn.Module = load_by_config(
             config.original, config, device, beside, what="original", whole_on=at_rest
         )
         decided = "fsdp" if is_sharded(original) else "none"
@@ -105,7 +106,7 @@ def execute_control(
         alike = config.model_copy(update={"shard": held})
 
         def load(name: str, source: str) -> Any:
-            return loaded(source, alike, device, what=f"unlearned {name}", whole_on=at_rest)
+            return load_by_config(source, alike, device, what=f"unlearned {name}", whole_on=at_rest)
 
         control = Control(
             original,

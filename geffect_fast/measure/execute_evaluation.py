@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from geffect_fast.capture.compat import is_sharded
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.against_effects import against_effects, effects_of, models_of_runs
+from geffect_fast.measure.by_config import load_by_config, tokenizer_of
 from geffect_fast.measure.evaluation_run import (
     check_compared,
     check_out,
     compared_bytes,
     evaluation_folder,
-    read_sets,
+    read_sets_of,
 )
 from geffect_fast.measure.evaluator import Evaluator, checked_probes
-from geffect_fast.measure.execute import loaded, tokenizer_of
 from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.models import resolve_device
+from geffect_fast.metrics.base import FORGET, HOLDOUT, RETAIN
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import find_checkpoints, is_there, short_names, user_path
 from geffect_fast.ranks import here, on_all_ranks
@@ -113,18 +113,27 @@ def execute_evaluation(
     check_compared(config)
     check_out(config, out, overwrite, inputs)
     device = resolve_device(config.device)
-    sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
+    sources = {FORGET: config.forget, RETAIN: config.retain, HOLDOUT: config.holdout}
     sources |= checked_probes(config.probes)
-    sets, tokenizer = read_sets(config, sources, own_tokenizer, "model", progress)
+    sets, tokenizer = read_sets_of(config, sources, own_tokenizer, "model", progress)
     harness = None
     if config.lm_eval_tasks:
         reads = tokenizer or tokenizer_of(config, True, own_tokenizer, "model")
         harness = Harness(config, reads, sources)
     with evaluation_folder(config, out, overwrite, inputs, report) as folder:
-        evaluator, results = None, []
-        for name, source in models.items():
-            what = f"model {name}" if len(models) > 1 else "model"
-            model = loaded(source, config, device, partial(compared_bytes, config), what=what)
+        evaluator: Evaluator | None = None
+        where: dict[str, Any] = {}
+
+        def measured(source: str, what: str) -> xr.Dataset:
+            """The measures of one model, which is freed at the end of this call.
+
+            The loop itself must not hold the model. Up to Python 3.12, a frame whose variables
+            something has read keeps what they held, and torch reads those of all frames.
+            """
+            nonlocal evaluator, where
+            model = load_by_config(
+                source, config, device, partial(compared_bytes, config), what=what
+            )
             if evaluator is None:
                 where = folder.machine(device, model)
                 evaluator = Evaluator(
@@ -137,12 +146,14 @@ def execute_evaluation(
                 )
                 check_recorded(config.rows, evaluator.rows)
             measures = evaluator.measure(model, progress=progress, what=what)
-            if harness is not None:
-                measures = harness.beside(measures, model, progress=progress, what=what)
-            results.append(measures)
-            in_parts = is_sharded(model)
-            del model  # before the next one is loaded
-            if in_parts:
+            if harness is None:
+                return measures
+            return harness.beside(measures, model, progress=progress, what=what)
+
+        results = []
+        for name, source in models.items():
+            results.append(measured(source, f"model {name}" if len(models) > 1 else "model"))
+            if ranks.size > 1:
                 gc.collect()  # FSDP's modules hold each other
         assert evaluator is not None
         dataset = results[0]

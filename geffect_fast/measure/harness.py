@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 SET = "lm_eval"
-"""The set that task scores stand under: the harness's own data."""
+"""Name of the set under which task scores stand. They are scores on the harness's own data."""
 
 _STATISTIC = "task score"
 _STANDARD_ERRORS = 1.96
@@ -45,7 +45,7 @@ _SEEDS = {
     "torch_random_seed": 1234,
     "fewshot_random_seed": 1234,
 }
-"""The seeds of the harness's own command, which therefore prints the same scores."""
+"""The same seeds as the harness's own command has, so the scores are the same."""
 
 _TOO_LONG = ("exceeds model's maximum length", "Left truncation applied")
 """Parts of the messages that the harness logs for each text that it cuts."""
@@ -77,16 +77,17 @@ class Harness:
         self._settings, self._tokenizer = settings, tokenizer
         folder = settings.lm_eval_include and user_path(settings.lm_eval_include)
         if folder and not folder.is_dir():
-            raise InputError(f"lm_eval_include: {folder} is no folder; give one of task files")
+            raise InputError(
+                f"lm_eval_include: {folder} is not a folder; give a folder of task files"
+            )
         with _silently(True):
             self._known = self._lm_eval.tasks.TaskManager(
                 include_path=str(folder) if folder else None
             )
         for task in settings.lm_eval_tasks:
             if task not in self._known.all_tasks:
-                raise InputError(
-                    f"lm_eval_tasks: unknown {task[:60]!r}; {_advice(task, self._known.all_tasks)}"
-                )
+                advice = nearest(task, self._known.all_tasks, "`lm_eval ls tasks` lists all tasks")
+                raise InputError(f"lm_eval_tasks: unknown {task[:60]!r}; {advice}")
         for task in settings.lm_eval_tasks:
             with _silently(True), quiet_transformers(), _random_numbers_kept(), Trying() as trial:
                 self._known.load([task])
@@ -131,7 +132,7 @@ class Harness:
         ):
             for task in self._settings.lm_eval_tasks:
                 with Trying() as trial:
-                    scores |= self._scores(task, model)
+                    scores |= self._scores_of(task, model)
                 if trial.error is not None:
                     raise InputError(
                         f"lm_eval_tasks: {task} cannot be run on the {what} ({trial.reason}); "
@@ -156,7 +157,7 @@ class Harness:
             metrics=json.dumps(listed)
         )
 
-    def _scores(self, task: str, model: nn.Module) -> dict[str, _Score]:
+    def _scores_of(self, task: str, model: nn.Module) -> dict[str, _Score]:
         """A task's scores by name; for a group or a tag also the scores of its tasks."""
         runs = on_ranks(self._lm_eval.models.huggingface.HFLM)(
             pretrained=model,
@@ -187,7 +188,7 @@ class Harness:
                     continue
                 error = of.get(f"{score}_stderr,{answers}")
                 has = isinstance(error, int | float)
-                found[_name(name, score, answers)] = _Score(
+                found[_score_name(name, score, answers)] = _Score(
                     float(value), float(error) if has else np.nan, f"{score} of {name}", run
                 )
         return found
@@ -218,15 +219,9 @@ class _Score:
         return {"parameters": dict(self.run), "about": f"{', '.join(said)}."}
 
 
-def _name(task: str, score: str, answers: str) -> str:
+def _score_name(task: str, score: str, answers: str) -> str:
     """A score as `TASK/SCORE`, with the filter of answers where there is one."""
     return f"{task}/{score}" if answers == "none" else f"{task}/{score}(filter={answers})"
-
-
-def _advice(task: str, known: Iterable[str]) -> str:
-    """Advice for an unknown task: the nearest name, or the command that lists all the thousands."""
-    advice = nearest(task, tuple(known))
-    return advice if advice.startswith("did") else "`lm_eval ls tasks` lists those that there are"
 
 
 def _why_not(task: str, trial: Trying) -> str:
@@ -300,8 +295,8 @@ def _cut_texts_told(what: str) -> Iterator[None]:
         logger.propagate, logger.level = before
     if cut.some:
         warnings.warn(
-            f"{what}: lm_eval cut texts that are longer than the model from the left; tasks are "
-            "scored on what was left",
+            f"{what}: lm_eval cut texts that are longer than the model allows, from the left; "
+            "tasks are scored on the rest",
             GEffectWarning,
             stacklevel=3,
         )

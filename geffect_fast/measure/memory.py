@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -11,7 +12,7 @@ import torch
 
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import TokenBudget
-from geffect_fast.errors import GEffectError, InputError, OutOfMemoryError
+from geffect_fast.errors import GEffectError, GEffectWarning, InputError, OutOfMemoryError
 from geffect_fast.trying import no_memory
 
 
@@ -73,6 +74,26 @@ def check_memory(
             "free; resolve by 'group' in place of 'parameter', profile fewer objectives, or give "
             "out=FILE with 'sample' and 'position' or 'token' (a run folder is written that way)"
         )
+
+
+def tell_of_copies(n_gradients: int, n_risks: int, n_elements: int, device: torch.device) -> None:
+    """Warn that whole gradients are kept in the CPU's memory, and of the cost.
+
+    Args:
+        n_gradients: number of whole gradients that are kept.
+        n_risks: number of them that every batch reads.
+        n_elements: number of elements in each.
+        device: the GPU that lacks the memory.
+    """
+    of_one, free = 4 * n_elements / 2**30, free_memory(device) / 2**30
+    warnings.warn(
+        f"{n_gradients} whole gradients take {n_gradients * of_one:.1f} GiB, and {free:.1f} GiB "
+        f"are free on {device}: they stay in the CPU's memory, and every batch copies "
+        f"{n_risks * of_one:.1f} GiB to the GPU; a larger token budget means fewer batches, so "
+        "give the largest that fits",
+        GEffectWarning,
+        stacklevel=3,
+    )
 
 
 def check_place_memory(shape: tuple[int, ...]) -> None:

@@ -18,8 +18,8 @@ from geffect_fast.measure.mixed_tensors import (
     check_alike,
     check_same_config,
     check_same_parts,
-    once,
-    same,
+    distinct,
+    equal,
     tensors_of,
 )
 from geffect_fast.measure.models import quiet_transformers
@@ -89,36 +89,42 @@ def _check_base(
         check_same_parts(_in_base(name, adapter), own, tensor, what)
         if _SAVED in name:
             check_alike(_in_base(name, adapter), own, tensor, what)
-        elif own.dtype != tensor.dtype or not same(own, tensor):
+        elif own.dtype != tensor.dtype or not equal(own, tensor):
             raise InputError(
                 f"{what}: its base model is not the original, whose "
                 f"{_in_base(name, adapter)} differs; give the adapter's base model as the original"
             )
 
 
-def of_adapter(
+def pair_adapter(
     original: nn.Module, unlearned: nn.Module, working: nn.Module, what: str
 ) -> tuple[nn.Module, list[MixedTensor]]:
-    """The working model and its mixed tensors, for an adapter on the original.
+    """Pair an adapter with the original that it is on; the working model and its mixed tensors.
 
     Mixed are the adapter's `B`s, and the modules that the adapter replaces as a whole.
     """
     adapter = check_adapter(unlearned, what)
     base, given = tensors_of(original), tensors_of(unlearned)
     _check_base(base, given, adapter, what)
-    model = unlearned if is_sharded(original) else _upon(working, original, unlearned, adapter)
+    model = (
+        unlearned
+        if is_sharded(original)
+        else _copy_on_shared_base(working, original, unlearned, adapter)
+    )
     target = tensors_of(model)
-    parts = []
-    for name, tensor in once(target):
+    mixed = []
+    for name, tensor in distinct(target):
         if any(part in name for part in _SCALED):
-            parts.append(MixedTensor.of(tensor, _nothing(given[name]), given[name]))
+            mixed.append(MixedTensor.of(tensor, _zeros_like_part(given[name]), given[name]))
         elif _SAVED in name:
-            parts.append(MixedTensor.of(tensor, base[_in_base(name, adapter)], given[name]))
-    return model, parts
+            mixed.append(MixedTensor.of(tensor, base[_in_base(name, adapter)], given[name]))
+    return model, mixed
 
 
 @torch.no_grad()
-def _upon(working: nn.Module, original: nn.Module, adapted: nn.Module, adapter: str) -> nn.Module:
+def _copy_on_shared_base(
+    working: nn.Module, original: nn.Module, adapted: nn.Module, adapter: str
+) -> nn.Module:
     """A copy of the model `adapted` that shares the base's tensors with `working`.
 
     `working` is first given the original's values again, since another mixture may have written to
@@ -138,16 +144,16 @@ def _upon(working: nn.Module, original: nn.Module, adapted: nn.Module, adapter: 
     return copy.deepcopy(adapted, shared).to(device)
 
 
-def _nothing(like: Tensor) -> Tensor:
+def _zeros_like_part(like: Tensor) -> Tensor:
     """Zeros of a tensor's shape, or of this rank's part of it, that take no memory."""
     like = own_part(like.detach())
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
-def of_adapters(
+def pair_adapters(
     original: Any, unlearned: Any, working: nn.Module, what: str
 ) -> tuple[nn.Module, str, list[MixedTensor], Callable[[], None]]:
-    """A working model in which two adapters on one base are both active.
+    """Pair two adapters on one base in a working model in which both are active.
 
     Returns:
         The working model, the name of the unlearned model's adapter in it, the mixed tensors, and
@@ -163,13 +169,14 @@ def of_adapters(
         ((_, settings),) = one.peft_config.items()
         if odd := next((name for name in _NO_SUM if getattr(settings, name, None)), None):
             raise InputError(
-                f"{who}: its adapter has {odd}, which the sum of two adapters has not; merge both "
-                "into their base (merge_and_unload) and give the merged models"
+                f"{who}: its adapter has {odd}, which one adapter for the sum of two cannot have; "
+                "merge both into their base (merge_and_unload) and give the merged models"
             )
         if any(_SAVED in name for name in tensors_of(one)):
             raise InputError(
-                f"{who}: its adapter replaces whole modules (modules_to_save), and so may the "
-                "other; merge both into their base (merge_and_unload) and give the merged models"
+                f"{who}: its adapter replaces whole modules (modules_to_save), so the two cannot "
+                "be mixed as adapters; merge both into their base (merge_and_unload) and give the "
+                "merged models"
             )
     check_same_config(original.get_base_model(), unlearned.get_base_model(), what)
     base = {
@@ -184,8 +191,8 @@ def of_adapters(
     )
     with here().in_step(in_parts):  # the adapter added below is whole on every rank
         state = {name: whole_of(tensor) for name, tensor in state.items()}
-    model: Any = original if in_parts else _upon(working, original, working, first)
-    undo = as_it_is(model)
+    model: Any = original if in_parts else _copy_on_shared_base(working, original, working, first)
+    undo = undo_of_adapters(model)
     added = f"{first}_unlearned"
     with ExitStack() as on_error, quiet_transformers():
         on_error.callback(undo)
@@ -193,24 +200,24 @@ def of_adapters(
         peft.set_peft_model_state_dict(model, state, adapter_name=added)
         model.base_model.set_adapter([first, added])
         model.eval()
-        parts = []
+        mixed = []
         for name, tensor in tensors_of(model).items():
             if any(part in name for part in _SCALED):
-                own, none = tensor, _nothing(tensor)
+                own, none = tensor, _zeros_like_part(tensor)
                 ends = (own, none) if f".{first}." in name else (none, own)
-                parts.append(MixedTensor.of(tensor, *ends))
+                mixed.append(MixedTensor.of(tensor, *ends))
         on_error.pop_all()
-    return model, added, parts, undo
+    return model, added, mixed, undo
 
 
-def of_adapter_files(model: Any) -> list[nn.Parameter]:
+def savable_parameters(model: Any) -> list[nn.Parameter]:
     """Parameters that peft may save: the adapters' own, modules they replace, and embeddings."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     found = [p for end in ends if end is not None for p in end.parameters()]
     return found + [p for name, p in model.named_parameters() if "lora_" in name or _SAVED in name]
 
 
-def as_it_is(model: Any) -> Callable[[], None]:
+def undo_of_adapters(model: Any) -> Callable[[], None]:
     """A function that removes adapters added to a model later and makes the model as it is now."""
     active, adapters = list(model.active_adapters), set(model.peft_config)
     modules = [(module, dict(module._modules), module.training) for module in model.modules()]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture.compat import own_part
 from geffect_fast.errors import InputError
+from geffect_fast.measure.precision import dtype_name
 
 _CHANGE_NOTHING = frozenset(
     {
@@ -26,14 +27,14 @@ _CHANGE_NOTHING = frozenset(
         *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
     }
 )
-"""Fields of a config that change no logit in eval mode: names, special tokens, first weights,
-losses and heads of other tasks. Whether weights are tied is seen in the weights."""
+"""Fields of a config that change no logit in eval mode: names, special tokens, initialisation,
+losses and heads of other tasks. Ties between weights are compared in the models themselves."""
 
 _CHANGES_NOTHING = re.compile(
     r"drop(out)?(_(prob|rate|p))?$|pdrop$|drop_path_rate$|^initializer_|^summary_"
 )
-"""Further fields of this kind, which many models name in their own ways: rates of dropout, which
-only training uses, spreads of first weights, and the head of GPT-2 for multiple choice."""
+"""Further fields that change no logit, which models name in different ways: rates of dropout, which
+only training uses, ranges of initialisation, and the head of GPT-2 for multiple choice."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def once(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def distinct(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Each tensor under its first name."""
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -86,10 +87,10 @@ def _ties(tensors: dict[str, Tensor]) -> set[tuple[str, ...]]:
     return {tuple(names) for names in groups.values() if len(names) > 1}
 
 
-def of_models(
+def pair_models(
     original: nn.Module, unlearned: nn.Module, working: nn.Module, what: str
 ) -> list[MixedTensor]:
-    """The mixed tensors of two models of one structure: every parameter and buffer.
+    """Pair the parameters and buffers of two models of one structure; the mixed tensors.
 
     Raises:
         InputError: the models differ in class, tensors, ties or config.
@@ -111,7 +112,7 @@ def of_models(
         )
     check_same_config(original, unlearned, what)
     target = tensors_of(working)
-    return [MixedTensor.of(target[name], tensor, other[name]) for name, tensor in once(one)]
+    return [MixedTensor.of(target[name], tensor, other[name]) for name, tensor in distinct(one)]
 
 
 def _check_same_names(one: dict[str, Tensor], other: dict[str, Tensor], what: str) -> None:
@@ -131,14 +132,15 @@ def check_alike(name: str, one: Tensor, other: Tensor, what: str) -> None:
         )
     if one.dtype != other.dtype:
         raise InputError(
-            f"{what}: {name} is {_kind(other)} and the original's {_kind(one)}; load both in one "
-            f"precision, such as --dtype {_kind(one)}"
+            f"{what}: {name} is {dtype_name(other.dtype)} and the original's "
+            f"{dtype_name(one.dtype)}; load both in one precision, such as --dtype "
+            f"{dtype_name(one.dtype)}"
         )
     check_same_parts(name, one, other, what)
-    if not one.is_floating_point() and not same(one, other):
+    if not one.is_floating_point() and not equal(one, other):
         raise InputError(
-            f"{what}: {name} is of whole numbers that differ from the original's, which cannot be "
-            "mixed; give models of one architecture"
+            f"{what}: {name} holds whole numbers that differ from the original's, which cannot "
+            "be mixed; give models of one architecture"
         )
 
 
@@ -156,17 +158,13 @@ def check_same_parts(name: str, one: Any, other: Any, what: str) -> None:
         )
 
 
-def same(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
     """Whether tensors, or this rank's parts of them, are equal."""
     return torch.equal(own_part(one), own_part(other).to(one.device))
 
 
 def _size(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "one number"
-
-
-def _kind(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_same_config(original: nn.Module, unlearned: nn.Module, what: str) -> None:

@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from geffect_fast.capture.compat import check_finite, is_sharded, put_to_rest
 from geffect_fast.errors import InputError
 from geffect_fast.measure.mixed_adapters import (
-    as_it_is,
     check_adapter,
     is_adapter,
-    of_adapter,
-    of_adapter_files,
-    of_adapters,
+    pair_adapter,
+    pair_adapters,
+    savable_parameters,
+    undo_of_adapters,
 )
-from geffect_fast.measure.mixed_tensors import check_same_config, of_models, same
+from geffect_fast.measure.mixed_tensors import check_same_config, equal, pair_models
 from geffect_fast.measure.models import quiet_transformers
-from geffect_fast.measure.parts import whole_on_first
 from geffect_fast.measure.saved_adapters import check_saved, save_adapter, save_sum
+from geffect_fast.measure.shared_out import whole_on_first
 from geffect_fast.ranks import here
 
 
@@ -74,7 +74,7 @@ class Mixture:
             )
         for model in (original, unlearned):
             put_to_rest(model)
-        # Of models in parts: the share at which the model that is written to is as it was given,
+        # Of models in parts: the `alpha` at which the model that is written to is as it was given,
         # and the function that takes an added adapter out of it.
         self._rests_at: float | None = None
         self._undo: Callable[[], None] = lambda: None
@@ -82,30 +82,30 @@ class Mixture:
         self._second: str | None = None
         if adapted == (False, False):
             self.model = working
-            self._parts = of_models(original, unlearned, working, what)
+            self._tensors = pair_models(original, unlearned, working, what)
             if is_sharded(original):
                 self._rests_at = 0.0
         elif adapted == (False, True):
             check_adapter(unlearned, what)
             adapter: Any = unlearned
             check_same_config(original, adapter.get_base_model(), what)
-            self.model, self._parts = of_adapter(original, unlearned, working, what)
+            self.model, self._tensors = pair_adapter(original, unlearned, working, what)
             if is_sharded(original):
-                self._rests_at, self._undo = 1.0, as_it_is(unlearned)
+                self._rests_at, self._undo = 1.0, undo_of_adapters(unlearned)
         elif adapted == (True, True):
-            self.model, self._second, self._parts, undo = of_adapters(
+            self.model, self._second, self._tensors, undo = pair_adapters(
                 original, unlearned, working, what
             )
             if is_sharded(original):
                 self._rests_at, self._undo = 0.0, undo
         else:
             raise InputError(
-                f"{what}: it is a whole model and the original has an adapter; merge that into its "
-                "base (merge_and_unload) and give the merged model as the original"
+                f"{what}: it is a whole model, and the original has an adapter; merge the adapter "
+                "into its base (merge_and_unload) and give the merged model as the original"
             )
         with ExitStack() as on_error:
             on_error.callback(self.put_back)
-            if all(here().meet(all(same(part.start, part.end) for part in self._parts))):
+            if all(here().meet(all(equal(each.start, each.end) for each in self._tensors))):
                 raise InputError(
                     f"{what}: its weights are the original's, so there is nothing to mix; give a "
                     "model that unlearning has changed"
@@ -114,12 +114,12 @@ class Mixture:
 
     @torch.no_grad()
     def at(self, alpha: float) -> nn.Module:
-        """The working model with the share `alpha` of the unlearned model.
+        """The working model at `alpha`.
 
         At 0 it is bit by bit the original, and at 1 the unlearned model.
         """
-        for part in self._parts:
-            part.target.copy_(mixed(part.start, part.end, alpha))
+        for each in self._tensors:
+            each.target.copy_(mixed(each.start, each.end, alpha))
         return self.model
 
     @property
@@ -147,7 +147,7 @@ class Mixture:
         model: Any = self.model
         whole: Any = nullcontext()
         if is_sharded(model):
-            saved = of_adapter_files(model) if is_adapter(model) else model.parameters()
+            saved = savable_parameters(model) if is_adapter(model) else model.parameters()
             whole = whole_on_first(model, saved)
         with whole, quiet_transformers():
             if folder is None:

@@ -18,6 +18,7 @@ from geffect_fast.capture.parts import mesh_of
 from geffect_fast.capture.shards import shard
 from geffect_fast.capture.structure import structure_of
 from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.measure.precision import dtype_name
 from geffect_fast.paths import user_path
 from geffect_fast.ranks import here
 from geffect_fast.results.groups import OUTSIDE, block_of
@@ -134,7 +135,7 @@ def load_like(
         whole_on: device of a model that is not shared out; None: the other model's device.
     """
     first = next(model.parameters())
-    dtype = str(first.dtype).removeprefix("torch.")
+    dtype = dtype_name(first.dtype)
     if is_sharded(model):
         mesh = mesh_of(model)
         return load_parts(source, dtype, first.device, what, trust_remote_code, mesh=mesh)
@@ -271,7 +272,10 @@ def resolve_device(device: str) -> torch.device:
     place = torch.device(device)
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise InputError(f"device {device} is not here ({found} CUDA devices); use --device cpu")
+        raise InputError(
+            f"device {device} does not exist on this machine ({found} CUDA devices); use --device "
+            "cpu"
+        )
     return place
 
 
@@ -323,7 +327,7 @@ def _why_not(source: str | Path, what: str, error: Exception) -> str:
             reason = f"cannot be loaded ({text[:160]})"
         return f"{what} {source}: {reason}; save it again with save_pretrained"
     return (
-        f"{what} {source}: no such folder, and not to be had from the hub "
+        f"{what} {source}: no such folder, and the hub has no such model or cannot be reached "
         f"({text[:90].rstrip('. ')} ...); give a folder, or check the id and the network"
     )
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import eagerly, frequencies_at_first, is_sharded, own_part
-from geffect_fast.capture.precision import widened
 from geffect_fast.capture.shards import Shards, at_work
 from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
@@ -24,20 +23,19 @@ from geffect_fast.engines.batches import ROLE_ORDER, Tick
 from geffect_fast.engines.model_outputs import logits_of, without_cache
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
+from geffect_fast.precision import widened
 from geffect_fast.ranks import here
 
 BLOCK = {"cpu": 2**15}
-"""Elements that are converted to fp64 at a time, by device: on a CPU, as many as caches hold."""
+"""Elements that are converted to fp64 at a time, by kind of device; a CPU's caches hold them."""
 LARGE_BLOCK = 2**22
 """Elements that are converted to fp64 at a time on any other device."""
-
 
 PART_HELD = 0.25
 """Part of free memory that samples' gradients may take."""
 
-
 Gradient = list[Tensor | None]
-"""A gradient by parameter, or this rank's part of it; None where a parameter takes no part."""
+"""A gradient by parameter, or this rank's part of it; None where a parameter has no gradient."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def _plain_numbers(
     answers = _batches(sample_set, risk)
     parts = list(dict.fromkeys(part for objective in objectives for _, part in objective.parts()))
     scores: dict[Objective, Tensor] = {}
-    """Effects on the risk of each part's samples, `(P, n)`, by part."""
+    """Effects of each part's samples on the risk, `(P, n)`, by part."""
     if holds_all(model, n):
         kept: list[Objective] = [risk]
         for part in parts:  # those that share the risk's forward, as far as memory allows

@@ -1,4 +1,4 @@
-"""Tolerances for numbers in a model's precision, and copies of models in a wider precision."""
+"""Precisions of models: names, tolerances for numbers, and copies in a wider precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geffect_fast.capture.parts import mesh_of
 from geffect_fast.capture.shards import shard
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
-from geffect_fast.measure.parts import whole_copy
+from geffect_fast.measure.shared_out import whole_copy
 from geffect_fast.ranks import here
 
 TOLERANCE = {
@@ -25,13 +25,19 @@ TOLERANCE = {
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-11,
 }
-"""Largest error of an exact method: the effect of sums in another order, or half an ulp."""
+"""Largest relative error of an exact method: of sums in another order, or, in 16 bits, half an
+ulp."""
 
 WIDER = {
     torch.float32: torch.float64,
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as settings and results have it, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def coarsest_dtype(model: nn.Module) -> torch.dtype:
@@ -93,12 +99,11 @@ def widened_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     needed, device = widened_bytes(model, dtype), next(model.parameters()).device
     free = free_memory(device)
-    name = str(dtype).removeprefix("torch.")
     if needed > free:
         raise InputError(
-            f"model: a copy in {name} and two gradients, which tell rounding from a deviation, "
-            f"take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; check in another "
-            "precision (--dtype), or a smaller model of the same architecture"
+            f"model: a copy in {dtype_name(dtype)} and two gradients, which tell rounding from a "
+            f"deviation, take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; check "
+            "in another precision (--dtype), or a smaller model of the same architecture"
         )
     if not is_sharded(model):
         return copy.deepcopy(model).to(dtype)

@@ -24,8 +24,11 @@ from geffect_fast.capture.compat import (
     check_finite,
     check_is_model,
     is_sharded,
+    made_for_positions,
     mixing_module,
     still_up_to,
+    table_of_positions,
+    vocabulary_size,
 )
 from geffect_fast.data import (
     Layout,
@@ -54,14 +57,21 @@ from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelErro
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.models import load_like
 from geffect_fast.measure.rounding import HALF, RoundingCheck
-from geffect_fast.measure.sources import Sources, needs_of, parts_of, read_sources
+from geffect_fast.measure.sources import (
+    Sources,
+    needs_of,
+    parts_of,
+    read_sources,
+    reads_alternatives,
+)
 from geffect_fast.objectives import Objective
-from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
+from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.ranks import here
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import digests
 from geffect_fast.results.groups import checked_blocks
-from geffect_fast.results.risk_rows import UNLEARN, RowValues
+from geffect_fast.results.risk_rows import RowValues
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.settings import Measuring, Reading
 
 ReadingT = TypeVar("ReadingT", bound=Reading)
@@ -95,19 +105,9 @@ class Prepared(Generic[ReadingT]):
         return parts_of(self.objectives)
 
     @property
-    def needs(self) -> set[Need]:
-        """Everything that a part needs of a batch."""
-        return needs_of(self.parts)
-
-    @property
-    def reads_alternatives(self) -> bool:
-        """Whether a part reads alternatives: refusals, or a row's own."""
-        return any("alternative" in part.roles for part in self.parts)
-
-    @property
     def compares(self) -> bool:
         """Whether a part compares with a reference model."""
-        return bool(REFERENCE_NEEDS & self.needs)
+        return bool(REFERENCE_NEEDS & needs_of(self.parts))
 
     def attributes(self) -> dict[str, Any]:
         """Attributes of a result about its objectives and rows."""
@@ -121,7 +121,7 @@ class Prepared(Generic[ReadingT]):
             ),
         }
 
-    def told_apart_by(self) -> dict[str, Any]:
+    def arguments_in_words(self) -> dict[str, Any]:
         """Descriptions of all arguments that must be the same on all ranks, by argument name."""
         rows = {
             name: f"{len(self.sets[name])} rows of digest {found}"
@@ -166,7 +166,7 @@ def prepare(
     """
     sources = read_sources(sources, objectives, settings.data_format)
     parts = parts_of(objectives)
-    alternatives = any("alternative" in part.roles for part in parts)
+    with_alternatives = reads_alternatives(parts)
     first = next(iter(sources.sets))
     sets = {
         name: rows
@@ -175,7 +175,7 @@ def prepare(
             rows,
             tokenizer,
             name=name,
-            refusals=sources.refusals if name == first and alternatives else None,
+            refusals=sources.refusals if name == first and with_alternatives else None,
             template=settings.template,
             max_length=settings.max_length,
             date=settings.date,
@@ -185,7 +185,7 @@ def prepare(
         for name, rows in sources.sets.items()
     }
     check_model(model, sets)
-    if alternatives:
+    if with_alternatives:
         _check_pairs(model, sets[first])
     reference = None
     if needs_of(parts) & REFERENCE_NEEDS and reference_model not in (None, model):
@@ -223,16 +223,14 @@ def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "mo
     """
     check_is_model(model, what)
     check_finite(model, what)
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) is True:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
         raise InputError(
             f"{what}: {type(model).__name__} reads the question by an encoder and the answer by a "
             "decoder; give a causal language model, which reads both as one text"
         )
-    config = getattr(config, "get_text_config", lambda: config)()
-    vocab_size = getattr(config, "vocab_size", None)
-    for sample_set in sets.values():
-        if isinstance(vocab_size, int):
+    vocab_size = vocabulary_size(model)
+    if vocab_size is not None:
+        for sample_set in sets.values():
             check_vocabulary(sample_set, vocab_size, what)
     n_positions, table = made_for_positions(model), table_of_positions(model)
     if table is not None:
@@ -277,32 +275,6 @@ def _tell_of_long_rows(sets: Mapping[str, SampleSet], n_positions: int, what: st
                     stacklevel=2,
                 )
                 return
-
-
-def made_for_positions(model: nn.Module) -> int | None:
-    """Number of positions in a model's config; None for no limit, which XLNet writes as -1."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "get_text_config", lambda: config)()
-    n_positions = getattr(config, "max_position_embeddings", None)
-    return n_positions if isinstance(n_positions, int) and n_positions > 0 else None
-
-
-def table_of_positions(model: nn.Module) -> int | None:
-    """Number of positions in a model's table of positions; None for a model without a table.
-
-    Some models' tables have a few more rows than positions.
-    """
-    n_positions = made_for_positions(model)
-    if n_positions is None or not isinstance(model, nn.Module):
-        return None
-    tokens = getattr(model, "get_input_embeddings", lambda: None)()
-    found = any(
-        isinstance(module, nn.Embedding)
-        and module is not tokens
-        and 0 <= module.num_embeddings - n_positions < 8
-        for module in model.modules()
-    )
-    return n_positions if found else None
 
 
 class Schedule:
@@ -351,7 +323,7 @@ class Schedule:
             settings.resolve,
             list(plan.parameters),
             {name: sets[name] for name in ("forget", "retain")[: 1 + uses_retain]},
-            prepared.reads_alternatives,
+            reads_alternatives(self.parts),
             checked_blocks(settings.groups or None, list(plan.parameters)),
         )
         self.risk_sets = {UNLEARN: sets["forget"]}

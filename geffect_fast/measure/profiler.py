@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,13 +17,12 @@ from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import check_finite, check_replicas, is_sharded
 from geffect_fast.capture.shards import at_work
-from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import DataPass, Tick
 from geffect_fast.engines.directions import accumulate_gradients, place_for_gradients
-from geffect_fast.engines.forward import moves_for
+from geffect_fast.engines.forward import parameter_passes_for
 from geffect_fast.engines.place_masses import check_places_apart
 from geffect_fast.engines.reference import Reference
-from geffect_fast.errors import GEffectWarning, InputError
+from geffect_fast.errors import InputError
 from geffect_fast.measure.beside_effects import (
     TakenStep,
     check_second_order,
@@ -33,7 +31,13 @@ from geffect_fast.measure.beside_effects import (
     place_conflicts_of,
 )
 from geffect_fast.measure.effects import Effects, find_effects, mixed_gradients, whole_grams
-from geffect_fast.measure.memory import check_memory, check_place_memory, within_budget
+from geffect_fast.measure.memory import (
+    check_memory,
+    check_place_memory,
+    tell_of_copies,
+    within_budget,
+)
+from geffect_fast.measure.precision import dtype_name
 from geffect_fast.measure.prepare import Prepared, Schedule, prepare
 from geffect_fast.measure.sources import Sources, resolved_list
 from geffect_fast.measure.step_metric import NextStep, StepMetric
@@ -57,8 +61,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 ROOM_FORWARD, ROOM_REVERSE = 0.5, 0.8
-"""Parts of a GPU's free memory that whole gradients may take. The forward engine also moves copies
-of them to the GPU; the reverse engine needs further room for batches only."""
+"""Parts of a GPU's free memory that whole gradients may take, by engine. The forward engine also
+moves copies of them to the GPU; the reverse engine needs further room for batches only."""
 
 
 def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
@@ -122,7 +126,7 @@ class Profiler:
         self.ranks = here()
         sharded = is_sharded(prepared.model)
         with self.ranks.together("Profiler"), self.ranks.in_step(sharded and self.ranks.size > 1):
-            self.ranks.check_same(prepared.told_apart_by())
+            self.ranks.check_same(prepared.arguments_in_words())
             self.plan = Plan.of(prepared.model, may_be_sharded=True)
             self.ranks.check_serves(self.plan.device)
             if prepared.reference is not None:
@@ -331,11 +335,11 @@ class Profiler:
         schedule, passes = self._schedule, self._schedule.passes
         if by_token is not None:
             passes = [replace(data_pass, watch=by_token.add) for data_pass in passes]
-        moves = []
+        parameter_passes = []
         if schedule.choice.engine == "forward":
             columns = schedule.resolution.columns()[1]
-            moves = moves_for(self.plan, columns, len(self.risk_names))
-        what, n_passes = "effects of the objectives", max(len(moves), 1)
+            parameter_passes = parameter_passes_for(self.plan, columns, len(self.risk_names))
+        what, n_passes = "effects of the objectives", max(len(parameter_passes), 1)
         with self._ticking(progress, what, passes, n_passes) as tick:
             self._read_reference(passes, unchanged)
             return find_effects(
@@ -347,7 +351,7 @@ class Profiler:
                 schedule.mixture,
                 schedule.resolution,
                 array,
-                moves=moves,
+                parameter_passes=parameter_passes,
                 norms=schedule.norms,
                 tick=tick,
                 step=step,
@@ -366,22 +370,9 @@ class Profiler:
 
         All ranks keep gradients on the CPU if one rank has no room, since the ranks add them up.
         """
-        part = ROOM_FORWARD if self._schedule.choice.engine == "forward" else ROOM_REVERSE
-        found = self.ranks.meet(place_for_gradients(self.plan, self._n_gradients, part))
+        fraction = ROOM_FORWARD if self._schedule.choice.engine == "forward" else ROOM_REVERSE
+        found = self.ranks.meet(place_for_gradients(self.plan, self._n_gradients, fraction))
         return next((place for place in found if place is not None), None)
-
-    def _tell_of_moves(self) -> None:
-        """Warn that gradients are kept in the CPU's memory, and of the cost."""
-        of_one = 4 * sum(p.numel() for p in self.plan.held.values()) / 2**30
-        n, free = self._n_gradients, free_memory(self.plan.device) / 2**30
-        warnings.warn(
-            f"{n} whole gradients take {n * of_one:.1f} GiB, and {free:.1f} GiB are free on "
-            f"{self.plan.device}: they stay in the CPU's memory, and every batch brings "
-            f"{len(self.risk_names) * of_one:.1f} GiB over; the fewer batches the better, so give "
-            "as large a token budget as fits",
-            GEffectWarning,
-            stacklevel=3,
-        )
 
     def _measured_attributes(self, gram: Tensor | None, unchanged: bool) -> dict[str, Any]:
         """Attributes of one measurement.
@@ -393,7 +384,7 @@ class Profiler:
         dtype = next(iter(self.plan.parameters.values())).dtype
         compared = gram is not None and self._schedule.choice.engine == "reverse"
         found = self.attributes | {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             **self.plan.coverage().attributes(),
             "coverage_checked": int(compared),  # NetCDF has no booleans
             "token_budget": min(self.ranks.meet(self.token_budget)),
@@ -460,7 +451,8 @@ class Profiler:
         schedule, n = self._schedule, len(self.risk_names)
         kept_on = self._kept_on()
         if kept_on is not None:
-            self._tell_of_moves()
+            n_elements = sum(p.numel() for p in self.plan.held.values())
+            tell_of_copies(self._n_gradients, n, n_elements, self.plan.device)
         passes = schedule.risk_passes
         if watched is not None:
             passes = [replace(data_pass, watch=watched.add) for data_pass in passes]

@@ -24,10 +24,10 @@ import numpy as np
 from geffect_fast.results.intervals import DRAWS, SEED, bounds, stretch
 
 FEWEST = 5
-"""Fewest runs that are correlated: of four runs, all orders but one are within chance."""
+"""Fewest runs that are correlated. With four, even perfect agreement has a p-value of 1/12."""
 
 _RESAMPLES = 9999
-"""Number of permutations for a p-value where trying all orders would take too many."""
+"""Number of random permutations for a p-value where there are more orders than this."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def _correlations(ranks: np.ndarray, others: np.ndarray, axis: int) -> np.ndarra
     """Pearson's correlation of ranks along an axis with the ranks `others`, `(n,)`."""
     ranks = np.moveaxis(ranks, axis, -1)
     one, other = ranks - ranks.mean(-1, keepdims=True), others - others.mean()
-    along: np.ndarray = one @ other / np.sqrt((one**2).sum(-1) * (other**2).sum())
-    return along
+    coefficient: np.ndarray = one @ other / np.sqrt((one**2).sum(-1) * (other**2).sum())
+    return coefficient
 
 
 def _spearmans(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -115,10 +115,10 @@ def _spearmans(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.nda
     a, b = (counts @ signs.T / 2 for signs in (one, other))
     a, b = (ranks - (counts * ranks).sum(1, keepdims=True) / n for ranks in (a, b))
     with np.errstate(invalid="ignore"):
-        along: np.ndarray = (counts * a * b).sum(1) / np.sqrt(
+        coefficient: np.ndarray = (counts * a * b).sum(1) / np.sqrt(
             (counts * a * a).sum(1) * (counts * b * b).sum(1)
         )
-    return along
+    return coefficient
 
 
 def _kendalls(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:

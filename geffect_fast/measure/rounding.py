@@ -16,7 +16,7 @@ from geffect_fast.data import SampleSet
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import DataPass
 from geffect_fast.engines.choice import Engine
-from geffect_fast.engines.forward import moves_for
+from geffect_fast.engines.forward import parameter_passes_for
 from geffect_fast.engines.reference import Reference
 from geffect_fast.measure.effects import find_effects
 from geffect_fast.results.axes import Resolution, by_row
@@ -24,7 +24,7 @@ from geffect_fast.results.intervals import NEGLIGIBLE
 
 HALF = (torch.bfloat16, torch.float16)
 MARGIN = 3
-"""Factor on the error that is found. An effect is the product of two gradients that are rounded
+"""Factor on the error that is found: an effect is the product of two gradients that are rounded
 alike, of which only one is computed anew, and two rows stand for all."""
 
 
@@ -107,7 +107,7 @@ class RoundingCheck:
             numbers of the forget rows; or `precision_note`, which says why there is no error.
         """
         needed = 4 * sum(p.numel() for p in plan.model.parameters())
-        free = free_memory(next(iter(plan.parameters.values())).device)
+        free = free_memory(plan.device)
         if needed > free:
             gib = f"{needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
             return {"precision_note": f"not measured: the weights in float32 take {gib}"}
@@ -138,10 +138,10 @@ class RoundingCheck:
         n_risks = len(next(iter(directions.values())))
         shape = self.resolution.shape(len(self.mixture), n_risks)
         array = np.zeros(shape)
-        moves = []
+        parameter_passes = []
         if self.engine == "forward":
-            moves = moves_for(plan, self.resolution.columns()[1], n_risks)
-        device = next(iter(plan.parameters.values())).device
+            parameter_passes = parameter_passes_for(plan, self.resolution.columns()[1], n_risks)
+        device = plan.device
         with torch.autocast(device.type, enabled=False):
             find_effects(
                 self.engine,
@@ -152,7 +152,7 @@ class RoundingCheck:
                 self.mixture,
                 self.resolution,
                 array,
-                moves=moves,
+                parameter_passes=parameter_passes,
                 norms=False,
                 tick=lambda _: None,
             )

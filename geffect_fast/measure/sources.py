@@ -60,6 +60,26 @@ class Sources:
         )
 
 
+def read_sets(
+    sources: Mapping[str, Any], data_format: str, tell: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Rows by name; sets that are tokenised already, or None, stay as they are.
+
+    Args:
+        sources: data sets as users give them, by name.
+        data_format, tell: as `read_rows` takes them.
+
+    Raises:
+        InputError: a set cannot be read.
+    """
+    return {
+        name: source
+        if isinstance(source, SampleSet | None)
+        else read_rows(source, name=name, data_format=data_format, tell=tell)
+        for name, source in sources.items()
+    }
+
+
 def read_sources(
     sources: Sources,
     objectives: Sequence[Objective],
@@ -77,12 +97,7 @@ def read_sources(
     Raises:
         InputError: a set cannot be read, or lacks refusals or weights that an objective needs.
     """
-    sets = {
-        name: source
-        if isinstance(source, SampleSet)
-        else read_rows(source, name=name, data_format=data_format, tell=tell)
-        for name, source in sources.sets.items()
-    }
+    sets = read_sets(sources.sets, data_format, tell)
     refusals = None if sources.refusals is None else read_refusals(sources.refusals)
     forget = next(iter(sets.values()))
     if isinstance(forget, SampleSet):
@@ -135,10 +150,15 @@ def needs_of(parts: Sequence[Objective]) -> set[Need]:
     return {need for part in parts for need in part.needs}
 
 
+def reads_alternatives(parts: Sequence[Objective]) -> bool:
+    """Whether one of the parts reads alternatives: refusals, or a row's own."""
+    return any("alternative" in part.roles for part in parts)
+
+
 def _check_needs_no_refusals(objectives: Sequence[Objective]) -> None:
     """Raise `InputError` naming the first objective that needs refusals, since none are given."""
     for objective in objectives:
-        if any("alternative" in part.roles for _, part in objective.parts()):
+        if reads_alternatives(parts_of([objective])):
             raise InputError(
                 f"objective '{objective}' needs refusals: give a file, one a line, as `refusals` "
                 "(--refusals FILE), or an `alternative` in every forget row"

@@ -41,8 +41,8 @@ GIVEN = "diagonal"
 """The metric's name where the user gives its diagonal."""
 
 PIECE = {"cpu": 2**16, "cuda": 2**22}
-"""Entries of a parameter that are read at a time, by kind of device: few enough for a core's cache,
-and enough to keep a GPU busy."""
+"""Entries of a parameter that are read at a time, by kind of device: few enough for the cache of a
+CPU core, and enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class StepMetric:
             `step_learning_rate` and `predicted_change` (objective, risk).
         """
         labels, columns = resolution.columns()
-        by = resolution.by_place
+        by = resolution.by_parameter_or_group
         variables: dict[str, Any] = {}
         for name, of in zip(("momentum_effect", "decay_effect"), beside, strict=True):
             placed = of.new_zeros(len(labels), of.shape[1]).index_add_(0, torch.tensor(columns), of)
@@ -364,8 +364,8 @@ def step_objective(
         step_of = objectives[0]
     if step_of is None and metric.reads == "one":
         raise InputError(
-            f"metric {metric.name}: its sign is of one gradient, and there are {len(objectives)} "
-            "objectives; say by step_of (--step-of) which is trained on"
+            f"metric {metric.name}: it takes the sign of one gradient, and there are "
+            f"{len(objectives)} objectives; name the one that is trained on by step_of (--step-of)"
         )
     return replace(metric, step_of=step_of)
 
@@ -416,9 +416,9 @@ def _checked_diagonal(
     for name, p in parameters.items():
         of = given.get(name)
         if not isinstance(of, Tensor) or of.shape not in (p.shape, ()):
-            shape = "none" if not isinstance(of, Tensor) else f"one of shape {tuple(of.shape)}"
+            has = f"a tensor of shape {tuple(of.shape)}" if isinstance(of, Tensor) else "no tensor"
             raise InputError(
-                f"metric: '{name}' has {shape} in the diagonal given; give a tensor of shape "
+                f"metric: the diagonal given has {has} for '{name}'; give one of shape "
                 f"{tuple(p.shape)}"
             )
         of = of.detach().to(p.device, accumulation_dtype(p.dtype))

@@ -16,6 +16,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.measure.profile import profile
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.ranges import Sweep, expand_list
+from geffect_fast.registry import each_once
 from geffect_fast.results.form import HYPER
 from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 SAME = 1e-6
-"""Largest distance, relative to their size, of effects that differ only by the order of sums."""
+"""Largest distance, relative to their size, of effects that differ only in the order of sums."""
 _AT_ONCE = 64
 
 
@@ -186,9 +187,7 @@ def expanded(objectives: Iterable[str | Objective] | str) -> list[Sweep]:
     sweeps = expand_list(objectives)
     if not sweeps:
         raise InputError("objectives: the list is empty; give at least one, such as 'ga'")
-    for i, text in enumerate(texts := [sweep.text for sweep in sweeps]):
-        if text in texts[:i]:
-            raise InputError(f"objectives: '{text}' is listed twice; leave one out")
+    each_once("objectives", (sweep.text for sweep in sweeps))
     return sweeps
 
 

@@ -31,14 +31,14 @@ Need = Literal[
     "retain_model",
     "holdout",
 ]
-"""What a metric may ask for; `docs/adding_a_metric.md` says what each is."""
+"""Observations that a metric may need; `docs/adding_a_metric.md` describes each."""
 
-FORGET, HOLDOUT = "forget", "holdout"
+FORGET, RETAIN, HOLDOUT = "forget", "retain", "holdout"
 ALL = "all"
-"""The place of a number that is of several sets together."""
+"""The name of the set that stands for several sets together."""
 
 _ROUNDING = 1e-9
-"""What draws of one and the same number differ by, as a part of it."""
+"""Largest difference, as a part of a number, that rounding makes between equal draws of it."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import fsdp_groups, is_sharded
+from geffect_fast.capture.compat import fsdp_groups, is_sharded, made_for_positions
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
 from geffect_fast.ranks import ALONE, Ranks
@@ -23,11 +23,11 @@ from geffect_fast.trying import no_memory
 Key = tuple[int, ...]
 """A prompt's tokens."""
 
-_HABITS = "generation_config"
+_SETTINGS = "generation_config"
 
 _KEPT = 8
-"""Times the tokens of a training batch that generation holds: it keeps keys and values alone, of
-some twenty vectors a token and layer that a backward needs."""
+"""Tokens of a batch in generation, for each token of a batch in training: generation keeps keys and
+values alone, and a backward needs some twenty vectors for each token and layer."""
 
 
 def continuations(
@@ -121,9 +121,8 @@ def _greedy(
         max_new_tokens: the most new tokens of a row.
         in_step: whether every rank goes on until the rows of all ranks have ended.
     """
-    config = getattr(model.config, "get_text_config", lambda: model.config)()
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < ids.shape[1] + max_new_tokens:
+    positions = made_for_positions(model)
+    if positions is not None and positions < ids.shape[1] + max_new_tokens:
         raise InputError(
             f"max_new_tokens: {max_new_tokens} after a prompt of {ids.shape[1]} tokens are more "
             f"than the model's {positions} positions; give at most {positions - ids.shape[1]}"
@@ -132,7 +131,7 @@ def _greedy(
             "positions; shorten or drop the row"
         )
     ids = ids.to(next(model.parameters()).device)
-    with _plainly(model, ends, max_new_tokens):
+    with _greedy_settings(model, ends, max_new_tokens):
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if in_step:
             given["synced_gpus"] = True
@@ -142,7 +141,7 @@ def _greedy(
 
 
 @contextmanager
-def _plainly(model: Any, ends: set[int], max_new_tokens: int) -> Iterator[None]:
+def _greedy_settings(model: Any, ends: set[int], max_new_tokens: int) -> Iterator[None]:
     """Replace the model's settings of generation by plain greedy ones, inside the context."""
     from transformers import GenerationConfig
 
@@ -154,14 +153,14 @@ def _plainly(model: Any, ends: set[int], max_new_tokens: int) -> Iterator[None]:
         pad_token_id=min(ends, default=0),
     )
     # An adapter hands its own settings to the inner model, so both are replaced.
-    held = [(m, vars(m)[_HABITS]) for m in model.modules() if _HABITS in vars(m)]
+    held = [(m, vars(m)[_SETTINGS]) for m in model.modules() if _SETTINGS in vars(m)]
     try:
         for module, _ in held:
-            setattr(module, _HABITS, plain)
+            setattr(module, _SETTINGS, plain)
         yield
     finally:
         for module, before in held:
-            setattr(module, _HABITS, before)
+            setattr(module, _SETTINGS, before)
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from geffect_fast.metrics.base import Metric, Need
-from geffect_fast.metrics.observed import Observed, known, losses_of
+from geffect_fast.metrics.observed import Observed, losses_of, required
 from geffect_fast.metrics.registry import register
 
 
@@ -58,7 +58,7 @@ def option_probabilities(seen: Observed) -> np.ndarray:
     0 in fp64.
     """
     found = []
-    for loss, others in zip(seen.losses, known(seen.perturbed), strict=True):
+    for loss, others in zip(seen.losses, required(seen.perturbed), strict=True):
         with np.errstate(over="ignore"):
             found.append(1 / (1 + np.exp(loss - losses_of(others)).sum()))
     return np.array(found)
@@ -66,7 +66,7 @@ def option_probabilities(seen: Observed) -> np.ndarray:
 
 @register("multiple_choice")
 class MultipleChoice(Metric):
-    """The part of questions whose answer the model holds for the most probable choice.
+    """The part of questions whose right choice the model finds most probable.
 
     The choices come from rows of multiple choice, or else are a question's answer and its perturbed
     answers. The prompt lists the choices below the question as `A. ...` and ends with `Answer:`,
@@ -77,7 +77,7 @@ class MultipleChoice(Metric):
     statistic: ClassVar[str] = "accuracy"
 
     def scores(self, seen: Observed) -> np.ndarray:
-        rows = zip(known(seen.choices), known(seen.right), strict=True)
+        rows = zip(required(seen.choices), required(seen.right), strict=True)
         return np.array(
             [float(np.argmax([each.log_prob.sum() for each in of]) == right) for of, right in rows]
         )
@@ -88,7 +88,7 @@ Aggregation = Literal["tofu", "closer_to_one", "true_better", "probability"]
 
 @register("truth_ratio")
 class TruthRatio(Metric):
-    """How much likelier perturbed answers are than the paraphrased one.
+    """The likelihood ratio of the paraphrased answer and the perturbed answers.
 
     The ratio is `x = exp(mean_j l_j - l)`, with `l_j` the losses of the perturbed answers and `l`
     the loss of the paraphrased answer. A larger `x` means that the model prefers the true answer.
@@ -97,9 +97,9 @@ class TruthRatio(Metric):
     """
 
     aggregation: Aggregation = "tofu"
-    """closer_to_one: min(x, 1/x), which a model without the knowledge makes large; true_better:
-    max(0, 1 - 1/x); probability: x / (1 + x), the paraphrase's share; tofu: the first on the
-    forget set, the second elsewhere."""
+    """closer_to_one: min(x, 1/x), large for a model without the knowledge; true_better:
+    max(0, 1 - 1/x); probability: x / (1 + x), the paraphrase's share; tofu: closer_to_one on the
+    forget set, true_better elsewhere."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"paraphrases", "perturbed"})
 
@@ -117,5 +117,5 @@ class TruthRatio(Metric):
 
 def log_truth_ratios(seen: Observed) -> np.ndarray:
     """`mean_j l_j - l` of every row, `(n,)`: the logarithm of TOFU's truth ratio."""
-    perturbed = np.array([losses_of(others).mean() for others in known(seen.perturbed)])
-    return perturbed - losses_of(known(seen.paraphrases))
+    perturbed = np.array([losses_of(others).mean() for others in required(seen.perturbed)])
+    return perturbed - losses_of(required(seen.paraphrases))

@@ -30,7 +30,7 @@ from pydantic import Field
 from geffect_fast.errors import InputError
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Measure, Metric, Need, Seen, drawn
 from geffect_fast.metrics.extra import roc_auc_score
-from geffect_fast.metrics.observed import Observed, known, losses_of
+from geffect_fast.metrics.observed import Observed, losses_of, required
 from geffect_fast.metrics.registry import register
 
 _LEAST_SPREAD = 1e-3
@@ -53,7 +53,7 @@ class Membership(Metric):
                     f"{name}: its rows lack what metric {self} reads; give rows that have it, or "
                     "leave the metric out"
                 )
-        members, others = (known(self.scores(sets[name])) for name in (FORGET, HOLDOUT))
+        members, others = (required(self.scores(sets[name])) for name in (FORGET, HOLDOUT))
         return members, others
 
 
@@ -101,18 +101,18 @@ class LossMembership(Membership):
 
 @register("zlib")
 class Zlib(Membership):
-    """The mean log-probability beside the answer's zlib entropy (arXiv 2012.07805)."""
+    """The mean log-probability divided by the zlib-compressed answer's bytes (arXiv 2012.07805)."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"answers", "texts", "holdout"})
 
     def scores(self, seen: Observed) -> np.ndarray:
-        sizes = [len(zlib.compress(text.encode("utf-8"))) for text in known(seen.texts)]
+        sizes = [len(zlib.compress(text.encode("utf-8"))) for text in required(seen.texts)]
         return -seen.losses / np.array(sizes)
 
 
 class _Lowest(Membership):
     k: float = Field(default=0.4, gt=0, le=1)
-    """The part of an answer's tokens that count, the least expected; at least one."""
+    """Part of an answer's tokens that counts, those with the lowest values; at least one token."""
 
     def _lowest(self, values: np.ndarray) -> float:
         n = max(1, int(self.k * len(values)))
@@ -126,7 +126,7 @@ class MinK(_Lowest):
     needs: ClassVar[frozenset[Need]] = frozenset({"answers", "holdout"})
 
     def scores(self, seen: Observed) -> np.ndarray:
-        return np.array([self._lowest(known(each.log_prob)) for each in known(seen.answers)])
+        return np.array([self._lowest(required(each.log_prob)) for each in required(seen.answers)])
 
 
 @register("min_k_plus_plus")
@@ -141,9 +141,9 @@ class MinKPlusPlus(_Lowest):
 
     def scores(self, seen: Observed) -> np.ndarray:
         found = []
-        for each in known(seen.answers):
-            above = known(each.log_prob) - known(each.mean)
-            found.append(self._lowest(above / np.maximum(known(each.spread), _LEAST_SPREAD)))
+        for each in required(seen.answers):
+            above = required(each.log_prob) - required(each.mean)
+            found.append(self._lowest(above / np.maximum(required(each.spread), _LEAST_SPREAD)))
         return np.array(found)
 
 
@@ -154,7 +154,7 @@ class ReferenceLoss(Membership):
     needs: ClassVar[frozenset[Need]] = frozenset({"answers", "reference", "holdout"})
 
     def scores(self, seen: Observed) -> np.ndarray:
-        return losses_of(known(seen.reference)) - seen.losses
+        return losses_of(required(seen.reference)) - seen.losses
 
 
 @register("gradient_norm")
@@ -163,8 +163,8 @@ class GradientNorm(Membership):
 
     convention: Literal["whole", "open_unlearning", "mimir"] = "whole"
     """whole: minus the norm of the whole gradient; open_unlearning: minus the mean over parameters
-    of their norms; mimir: the mean over parameters of their largest entries, negated once more as
-    there, so that its AUC is that of the others turned round."""
+    of their norms; mimir: the mean over parameters of their largest entries, with plus, as MIMIR
+    has it, so that its AUC counts the other way round."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"holdout"})
 

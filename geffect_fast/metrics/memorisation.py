@@ -16,17 +16,17 @@ from typing import ClassVar
 import numpy as np
 
 from geffect_fast.metrics.base import Metric, Need
-from geffect_fast.metrics.observed import Observed, Scored, known
+from geffect_fast.metrics.observed import Observed, Scored, required
 from geffect_fast.metrics.registry import register
 
 
 class _Strength(Metric):
     floor: bool = False
-    """Whether an answer scores at least 1/n, as the released code has it that never compares an
-    empty suffix; else one whose last token is wrong scores 0."""
+    """Whether an answer scores at least 1/n, as in the released code, which never compares an empty
+    suffix; otherwise an answer whose last token is wrong scores 0."""
 
     def _of(self, scored: list[Scored]) -> np.ndarray:
-        return np.array([extraction_strength(known(s.greedy), self.floor) for s in scored])
+        return np.array([extraction_strength(required(s.greedy), self.floor) for s in scored])
 
 
 @register("extraction_strength")
@@ -36,7 +36,7 @@ class ExtractionStrength(_Strength):
     needs: ClassVar[frozenset[Need]] = frozenset({"answers"})
 
     def scores(self, seen: Observed) -> np.ndarray:
-        return self._of(known(seen.answers))
+        return self._of(required(seen.answers))
 
 
 @register("paraphrased_extraction_strength")
@@ -46,7 +46,7 @@ class ParaphrasedExtractionStrength(_Strength):
     needs: ClassVar[frozenset[Need]] = frozenset({"rephrased"})
 
     def scores(self, seen: Observed) -> np.ndarray:
-        return self._of(known(seen.rephrased))
+        return self._of(required(seen.rephrased))
 
 
 def extraction_strength(greedy: np.ndarray, floor: bool = False) -> float:
@@ -66,9 +66,9 @@ def extraction_strength(greedy: np.ndarray, floor: bool = False) -> float:
 
 @register("exact_memorisation")
 class ExactMemorisation(Metric):
-    """The part of an answer's tokens that are the most probable ones after what is before them."""
+    """The part of an answer's tokens that the model finds most probable after the tokens before."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"answers"})
 
     def scores(self, seen: Observed) -> np.ndarray:
-        return np.array([known(each.greedy).mean() for each in known(seen.answers)])
+        return np.array([required(each.greedy).mean() for each in required(seen.answers)])

@@ -89,10 +89,10 @@ class Observed:
     @property
     def losses(self) -> np.ndarray:
         """Mean losses of the answers, `(n,)`."""
-        return losses_of(known(self.answers))
+        return losses_of(required(self.answers))
 
 
-def known(value: Any) -> Any:
+def required(value: Any) -> Any:
     """The value itself, which is not None, since the metric that reads it names it as a need."""
     assert value is not None, "read without being among the metric's needs"
     return value
@@ -109,7 +109,7 @@ _FILES = {
     "real_authors": "eval_real_author_wo_options.json",
     "world_facts": "eval_real_world_wo_options.json",
 }
-"""What TOFU's aggregated logs call the sets."""
+"""Names of the sets' logs in TOFU's aggregated logs."""
 
 
 def read_log(path: str | Path) -> dict[str, Observed]:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 RISKS = ("unlearn", "retain")
 ROUNDING = 1e-12
-"""A request this part of itself beyond what can be reached is met: totals round as they add up."""
+"""Relative error up to which a request beyond the attainable is met, since totals round."""
 
 
 def optimal_weights(
@@ -330,7 +330,9 @@ def _token_shares(result: xr.Dataset) -> xr.Dataset:
     width = int(there.sum(1).max(initial=0))
     ga, there = ga.isel(token=slice(width)), there[:, :width]
     if not np.isfinite(ga.sel(risk=list(RISKS)).values).all():
-        raise NonFiniteError("result: an effect of ga is not finite; check the model's precision")
+        raise NonFiniteError(
+            "result: an effect of ga is not finite", remedy="check the model's precision"
+        )
     variables: dict[str, Any] = {"there": (("sample", "token"), there)}
     for name, risk in zip(("token_e_u", "token_e_r"), RISKS, strict=True):
         variables[name] = (("sample", "token"), ga.sel(risk=risk).values)

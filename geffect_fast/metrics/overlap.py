@@ -10,7 +10,7 @@ from pydantic import Field
 from geffect_fast.data.row_kinds import RowKind
 from geffect_fast.metrics.base import Metric, Need
 from geffect_fast.metrics.extra import rouge_scorer
-from geffect_fast.metrics.observed import Observed, known
+from geffect_fast.metrics.observed import Observed, required
 from geffect_fast.metrics.registry import register
 from geffect_fast.metrics.rows import EXAMPLES
 
@@ -41,7 +41,7 @@ class RougeL(_Overlap):
     needs: ClassVar[frozenset[Need]] = frozenset({"continuations"})
 
     def scores(self, seen: Observed) -> np.ndarray:
-        written, truths = known(seen.continuations), known(seen.truths)
+        written, truths = required(seen.continuations), required(seen.truths)
         return self._rouge(written, truths, "recall", use_stemmer=True)
 
 
@@ -53,7 +53,7 @@ class _Muse(_Overlap):
     within: ClassVar[tuple[float, float]] = (0.0, 100.0)
 
     max_new_tokens: int = Field(default=128, gt=0)
-    """Most tokens that are written."""
+    """Most tokens that the model writes."""
 
     def most_written(self) -> int:
         return self.max_new_tokens
@@ -64,7 +64,7 @@ class _Muse(_Overlap):
 
 @register("verbatim_memorisation")
 class VerbatimMemorisation(_Muse):
-    """How a model goes on with texts: MUSE's VerbMem (arXiv 2407.06460), from 0 to 100.
+    """ROUGE-L of continued texts: MUSE's VerbMem (arXiv 2407.06460), from 0 to 100.
 
     The metric reads beginnings and continuations (`prompt`, `gt`), as MUSE has them, and plain
     text. Of a plain text the first 200 tokens, or the first half of a shorter one, are the
@@ -74,12 +74,12 @@ class VerbatimMemorisation(_Muse):
     kinds: ClassVar[tuple[RowKind, ...]] = ("continuation", "text")
 
     def scores(self, seen: Observed) -> np.ndarray:
-        return self._percent(*known(seen.written)[self.max_new_tokens])
+        return self._percent(*required(seen.written)[self.max_new_tokens])
 
 
 @register("knowledge_memorisation")
 class KnowledgeMemorisation(_Muse):
-    """How a model answers questions: MUSE's KnowMem (arXiv 2407.06460), from 0 to 100.
+    """ROUGE-L of answers: MUSE's KnowMem (arXiv 2407.06460), from 0 to 100.
 
     The metric reads questions and answers. MUSE puts answered questions (few-shot examples) before
     each question; they come from the probe `NAME_icl` of a set `NAME`. Without such a probe a
@@ -89,17 +89,17 @@ class KnowledgeMemorisation(_Muse):
     kinds: ClassVar[tuple[RowKind, ...]] = ("question",)
 
     max_new_tokens: int = Field(default=32, gt=0)
-    """Most tokens that are written."""
+    """Most tokens that the model writes."""
 
     stops: str = Field(default="\n\n|\nQuestion|Question:", pattern=r"^[^(),]*$")
-    """Where what is written is cut: texts with `|` between."""
+    """Texts, with `|` between, at which a continuation is cut."""
 
     @classmethod
     def reads(cls, name: str) -> bool:
         return not name.endswith(EXAMPLES)
 
     def scores(self, seen: Observed) -> np.ndarray:
-        written, truths = known(seen.written)[self.max_new_tokens]
+        written, truths = required(seen.written)[self.max_new_tokens]
         stops = [stop for stop in self.stops.split("|") if stop]
         cut = [
             min((text.partition(stop)[0] for stop in stops), key=len, default=text)

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError
 from geffect_fast.metrics.base import Metric
-from geffect_fast.registry import Registry, nearest
+from geffect_fast.registry import Registry, each_once, nearest
 
 M = TypeVar("M", bound=type[Metric])
 
@@ -20,7 +20,7 @@ _CALL = re.compile(r"\s*(?P<name>[^()\s]+)\s*(\((?P<inside>[^()]*)\))?\s*")
 _COMMA = re.compile(r",(?![^()]*\))")
 
 DEFAULT = ("probability", "extraction_strength", "exact_memorisation")
-"""What is measured where nothing is named: one forward pass, of any rows."""
+"""Metrics that are measured where none is named: of one forward pass, for rows of any kind."""
 
 SUITES: dict[str, tuple[str, ...]] = {
     "tofu": ("forget_quality", "model_utility", "probability", "rouge_l", "truth_ratio"),
@@ -30,12 +30,13 @@ SUITES: dict[str, tuple[str, ...]] = {
         "paraphrased_extraction_strength",
     ),
 }
-"""What can be measured by rows of what benchmarks measure, under their names.
+"""Suites by the names of benchmarks: the metrics of each that can be measured on rows.
 
-TOFU (2401.06121); MUSE (2407.06460), its few-shot examples where they are given as `NAME_icl`, and
-without the sizes and numbers of requests that it varies; of the assessment of the survey 2402.08787
-what is a metric: efficacy in scope, utility out of scope and paraphrases
-(`geffect_fast.training.survey` has the rest).
+- `tofu`: TOFU (2401.06121).
+- `muse`: MUSE (2407.06460), with its few-shot examples where they are given as `NAME_icl`, and
+  without the sizes and numbers of requests that it varies.
+- `survey`: the metrics in the assessment of the survey 2402.08787: efficacy in scope, utility out
+  of scope, and paraphrases. `geffect_fast.training.survey` has the rest of the assessment.
 """
 
 
@@ -106,10 +107,7 @@ def resolved_metrics(
             found += [_parsed(text) for text in _COMMA.split(each)]
         else:
             raise InputError(f"metrics: got {each!r}; give names, such as 'probability'")
-    for i, metric in enumerate(found):
-        if metric in found[:i]:
-            raise InputError(f"metrics: '{metric}' is listed twice; leave one out")
-    return found
+    return list(each_once("metrics", found))
 
 
 def _parsed(text: str) -> Metric:

@@ -17,7 +17,7 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.metrics.base import FORGET, Metric
 
 Tokenize = Callable[[Sequence[Mapping[str, Any]], str], SampleSet]
-"""Rows, and the name of their set, to samples."""
+"""A function that makes samples of rows and the name of their set."""
 
 FIELDS = {
     "paraphrases": "paraphrased_answer",
@@ -25,20 +25,20 @@ FIELDS = {
     "rephrased": "paraphrased_question",
     "choices": "choices",
 }
-"""By need, the field of a row that it reads."""
+"""Fields of a row, by the need that reads them."""
 
 EXAMPLES = "_icl"
-"""How the set is called that holds the answered questions before each of another: `forget_icl`."""
+"""End of the name of a set whose answered questions stand before another's: `forget_icl`."""
 
 _PROMPT = 200
-"""Tokens that are the prompt of a plain text; half of one that is shorter than twice that."""
+"""Tokens of a plain text that are its prompt; of a text shorter than twice as many, its half."""
 
 _TEXT_OF: dict[RowKind, Callable[[Mapping[str, Any]], str]] = {
     "question": lambda row: row["answer"],
     "choice": lambda row: row["choices"][row["answer"]],
     "continuation": lambda row: row["gt"],
 }
-"""What of a row is learned, where one field says it."""
+"""The text of a row that is learned, for kinds of rows where one field holds it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class DataRows:
         ]
 
 
-def rows_of(
+def metric_rows(
     source: SampleSet | Sequence[Mapping[str, Any]],
     name: str,
     metrics: Sequence[Metric],
@@ -131,7 +131,7 @@ def rows_of(
         need = sorted(present)[0]
         raise InputError(
             f"{name}: metric {_reader(metrics, need)} reads '{FIELDS[need]}' beside question and "
-            "answer, and the rows hold no such; give rows of text"
+            "answer, and these rows have no such field; give questions and answers"
         )
 
     def columns(need: str, values: list[list[str]]) -> list[list[Tokens]]:
@@ -295,7 +295,7 @@ def _listed(value: Any, need: str, place: str) -> list[str]:
     good = isinstance(texts, list | tuple) and all(isinstance(t, str) and t.strip() for t in texts)
     if not good or not texts:
         raise InputError(
-            f"{place}: '{FIELDS[need]}' must be a non-empty text, or a list of such; got "
+            f"{place}: '{FIELDS[need]}' must be a non-empty text, or a list of them; got "
             f"{str(value)[:60]!r}"
         )
     return list(texts)

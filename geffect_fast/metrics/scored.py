@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from geffect_fast.capture.compat import is_sharded, still_up_to
 from geffect_fast.capture.factors import widened
-from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.shards import put_right
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, make_batches
 from geffect_fast.data.batch import Batch
@@ -20,17 +19,18 @@ from geffect_fast.engines.layout import TOLERANCE, close, in_chunks
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention, takes
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.metrics.observed import Scored
+from geffect_fast.precision import precisions
 from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.trying import no_memory
 
 Tick = Callable[[int], object]
-"""Told of the tokens that are done."""
+"""A function that is called with the number of tokens that are done."""
 
 _PROBE = 8
-"""Tokens of the sequences on which a batch of equal lengths is tried."""
+"""Length in tokens of the sequences on which a batch of equal lengths is tried."""
 
 
-def once(sequences: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
+def distinct(sequences: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
     """The different sequences, and for each given sequence its number among these."""
     numbers: dict[tuple[bytes, bytes], int] = {}
     different: list[Tokens] = []
@@ -105,7 +105,7 @@ def score(
     Raises:
         NonFiniteError: a log-probability is NaN or infinite; the row is named.
     """
-    different, which = once(sequences)
+    different, which = distinct(sequences)
     found: dict[int, Scored] = {}
     for _, attempt in each_batch([shared_out(model, different, budget, layout, ranks)]):
         with attempt:
@@ -118,7 +118,8 @@ def score(
                     place = places[which.index(row)]
                     raise NonFiniteError(
                         f"{place}: the {what} gives its answer a log-probability that is NaN or "
-                        "infinite; give a model whose logits are finite there, or drop the row"
+                        "infinite",
+                        remedy="give a model whose logits are finite there, or drop the row",
                     )
                 found[row] = _scored(piece)
             tick(attempt.batch.total_tokens)

@@ -20,7 +20,7 @@ from geffect_fast.metrics.overlap import RougeL
 from geffect_fast.metrics.registry import register
 
 OPTION_SETS = ("real_authors", "world_facts")
-"""The sets whose probability is that beside the perturbed answers."""
+"""Sets on which the probability is the answer's share beside the perturbed answers."""
 UTILITY_SETS = ("retain", *OPTION_SETS)
 
 

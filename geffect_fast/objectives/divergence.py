@@ -20,11 +20,12 @@ from geffect_fast.errors import InputError
 from geffect_fast.objectives.base import Need, Objective, Outputs, required
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.objectives.registry import register
+from geffect_fast.precision import widened
 
 
 def model_logits(objective: Objective, outputs: Outputs) -> Tensor:
     """The model's logits `(n_targets, vocab)`, fp32 or better."""
-    return _widened(required(objective, outputs.logits, "the model's logits"))
+    return widened(required(objective, outputs.logits, "the model's logits"))
 
 
 def both_logits(
@@ -43,16 +44,12 @@ def both_logits(
             f"objective {objective}: the reference model predicts {frozen.shape[-1]} tokens and "
             f"the model {model.shape[-1]}; give a reference of the same vocabulary"
         )
-    return model, _widened(frozen.detach())
+    return model, widened(frozen.detach())
 
 
 def on_targets(batch: Batch, values: Tensor) -> Tensor:
     """`values` `(n_targets,)` at the positions that predict a label, `(total_tokens,)`, else 0."""
     return values.new_zeros(batch.total_tokens).index_copy(0, batch.target_index, values)
-
-
-def _widened(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @register("kl")

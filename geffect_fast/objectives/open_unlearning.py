@@ -211,7 +211,7 @@ def lookup(name: str) -> type[Objective]:
     trainer = name.removeprefix(PREFIX)
     if trainer.lower() not in _FOLDED:
         raise InputError(
-            f"no objective is that of open-unlearning's trainer {trainer[:40]!r}; "
+            f"there is no objective for a trainer {trainer[:40]!r} of open-unlearning; "
             f"{nearest(trainer, tuple(TRAINERS))}"
         )
     return _FOLDED[trainer.lower()]

@@ -104,19 +104,17 @@ class Kind:
     """A kind of object that the names in a grammar's calls stand for.
 
     Attributes:
-        noun: the word for one in messages: `objective`.
-        made: the words for one in Python: `an Objective`.
+        base: the base class, a `Parameterised`.
         such_as: an existing name, as an example.
         lookup: gives the class of a name, a frozen dataclass that is declared as objectives are.
     """
 
-    noun: str
-    made: str
+    base: type[Any]
     such_as: str
     lookup: Callable[[str], Any]
 
 
-OBJECTIVE = Kind("objective", "an Objective", "ga", lookup)
+OBJECTIVE = Kind(Objective, "ga", lookup)
 
 
 def parse_call(text: str, kind: Kind) -> Any:
@@ -219,9 +217,7 @@ class _Actions:
         name = items[0]
         try:
             cls = self._kind.lookup(str(name))
-            keywords = _keywords(
-                self._kind.noun, cls, [item for item in items[1:] if item is not None]
-            )
+            keywords = _keywords(cls, [item for item in items[1:] if item is not None])
             if any(isinstance(value, Range) for value in keywords.values()):
                 return [Term(1.0, (), RangedObjective(cls, keywords, name.start_pos))]
             return [Term(1.0, (), cls(**keywords).expanded())]
@@ -229,9 +225,7 @@ class _Actions:
             raise Problem(str(error), name.start_pos) from None
 
 
-def _keywords(
-    noun: str, cls: type[Objective], arguments: list[Argument]
-) -> dict[str, Value | Range]:
+def _keywords(cls: type[Objective], arguments: list[Argument]) -> dict[str, Value | Range]:
     """Arguments of a call by parameter name, or a `Problem` at the one that does not fit."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     names = tuple(fields)
@@ -254,19 +248,19 @@ def _keywords(
             last = names[len(given)]
         elif name not in fields:
             advice = nearest(name, names)
-            message = f"{noun} {cls.name} has no parameter {short(token)}; {advice}"
+            message = f"{cls.noun} {cls.name} has no parameter {short(token)}; {advice}"
             raise Problem(message, token.start_pos)
         else:
             named, last = True, name
         if last in given:
-            raise Problem(f"{noun} {cls.name}: {last} is given twice", token.start_pos)
+            raise Problem(f"{cls.noun} {cls.name}: {last} is given twice", token.start_pos)
         if isinstance(value, Range) and kind_of(fields[last]) is bool:
-            message = f"{noun} {cls.name}: {last} must be true or false, got the range {value}"
+            message = f"{cls.noun} {cls.name}: {last} must be true or false, got the range {value}"
             raise Problem(message, token.start_pos)
         given[last] = value
     missing = [name for name, field in fields.items() if name not in given and _is_required(field)]
     if missing:
-        raise InputError(f"{noun} {cls.name} needs a value for {', '.join(missing)}")
+        raise InputError(f"{cls.noun} {cls.name} needs a value for {', '.join(missing)}")
     return given
 
 
@@ -316,16 +310,17 @@ def _parsed(text: object, start: str, kind: Kind = OBJECTIVE) -> Any:
         InputError: `text` is no string, or the text is empty or too long.
         Problem, lark.UnexpectedInput: the text does not follow the grammar.
     """
+    noun = kind.base.noun
     if not isinstance(text, str):
         hint = f"; write {text.__name__}()" if isinstance(text, type) else ""
-        raise InputError(f"{kind.noun} {text!r} must be a string or {kind.made}{hint}")
+        raise InputError(f"{noun} {text!r} must be a string or an {kind.base.__name__}{hint}")
     if not text.strip():
         raise InputError(
-            f"{kind.noun} string {text[:20]!r} is empty; write a name such as {kind.such_as!r}"
+            f"{noun} string {text[:20]!r} is empty; write a name such as {kind.such_as!r}"
         )
     if len(text) > MAX_CHARACTERS:
         raise InputError(
-            f"{kind.noun} string {short(text)} has {len(text)} characters, "
+            f"{noun} string {short(text)} has {len(text)} characters, "
             f"at most {MAX_CHARACTERS} are allowed"
         )
     return _lark(kind).parse(text, start=start)

@@ -108,6 +108,6 @@ def _members(text: str, family: RangedSum, free: int) -> Sweep:
 
 def _too_many(text: str) -> InputError:
     return InputError(
-        f"objectives: with {short(text)} there are more than {MAX_OBJECTIVES}; "
-        "take fewer values a range"
+        f"objectives: {short(text)} brings their number above {MAX_OBJECTIVES}; "
+        "use fewer values in each range"
     )

@@ -19,6 +19,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.objectives.base import Need, Objective, Outputs, required
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.objectives.registry import register
+from geffect_fast.precision import widened
 from geffect_fast.transfer import on_device
 
 
@@ -43,8 +44,7 @@ def hidden_state(objective: Objective, outputs: Outputs | None, layer: int, whos
             f"objective {objective.name}: layer must be at least 0 and at most {len(states) - 1}, "
             f"{whose} last, got {layer}"
         )
-    state = states[layer]
-    return state.to(torch.promote_types(state.dtype, torch.float32))
+    return widened(states[layer])
 
 
 class _HiddenState(Objective):

@@ -23,7 +23,7 @@ _MKLDNN: Any = backends.mkldnn
 _MATRIX = (_CUDA.matmul, _MKLDNN.matmul)
 _KEEPING = {"ieee", "none"}
 _SWITCHES = (*_MATRIX, _CUDNN.conv, _CUDNN.rnn, _MKLDNN.conv, _MKLDNN.rnn)
-"""torch's switches; one that is "none" follows those above it."""
+"""torch's switches; a switch that is "none" follows the more general switch above it."""
 
 
 @contextmanager

@@ -159,8 +159,8 @@ class AdamRule(OptimizerRule):
         largest = held.tensor("max_exp_avg_sq") if held.group["amsgrad"] else None
         if largest is not None:
             squares = torch.maximum(squares, largest)
-        below = squares.div_(1 - beta2**step).sqrt_().add_(float(held.group["eps"]))
-        return below.reciprocal_().mul_(held.rate * (1 - beta1) / (1 - beta1**step))
+        scale = adam_scale(squares, step, held.group)
+        return scale.mul_(held.rate * (1 - beta1) / (1 - beta1**step))
 
     def momentum(self, held: Held, diagonal: Tensor) -> Tensor | None:
         average, beta1 = held.tensor("exp_avg"), float(held.group["betas"][0])
@@ -168,6 +168,12 @@ class AdamRule(OptimizerRule):
 
     def decoupled(self, held: Held) -> bool:
         return bool(held.group.get("decoupled_weight_decay", False))
+
+
+def adam_scale(squares: Tensor, step: float, group: Mapping[str, Any]) -> Tensor:
+    """`1 / (sqrt(v_hat) + eps)` of Adam after `step` steps; `squares`, its `v`, is overwritten."""
+    v_hat = squares.div_(1 - float(group["betas"][1]) ** step)
+    return v_hat.sqrt_().add_(float(group["eps"])).reciprocal_()
 
 
 class LionRule(OptimizerRule):
@@ -202,4 +208,4 @@ RULES: dict[str, OptimizerRule] = {
     "adamw": AdamRule(),
     "lion": LionRule(),
 }
-"""By the name of the metric; adam and adamw differ in their groups' `decoupled_weight_decay`."""
+"""Rules by the name of the metric; adam and adamw differ in `decoupled_weight_decay` of groups."""

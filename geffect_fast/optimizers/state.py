@@ -19,7 +19,7 @@ from geffect_fast.optimizers.rules import RULES, Held
 from geffect_fast.paths import user_path
 
 OPTIMIZER = "optimizer.pt"
-"""Where a Trainer's checkpoint holds its optimizer's state."""
+"""Name of the file that holds the optimizer's state in a Trainer's checkpoint."""
 
 KNOWN = ", ".join(RULES)
 
@@ -207,4 +207,6 @@ def check_options(held: Iterable[Held], kind: str, where: str) -> None:
                 f"metric from {KNOWN}"
             )
         if each.group.get("maximize"):
-            raise InputError(f"{where}: it maximizes, and effects are of descents; negate the loss")
+            raise InputError(
+                f"{where}: it maximizes, but effects describe descent; negate the loss"
+            )

@@ -109,10 +109,12 @@ def _files_of_measures(dataset: xr.Dataset) -> Iterator[ReportFiles]:
         write_predictors,
     )
     from geffect_fast.storage.csv_cells import write_csv
-    from geffect_fast.storage.evaluation import table_of
     from geffect_fast.storage.run_folder import REPORT, SUMMARY
+    from geffect_fast.storage.tables import measure_summary
 
-    yield ReportFiles((SUMMARY,), lambda folder: write_csv(table_of(dataset), folder / SUMMARY))
+    yield ReportFiles(
+        (SUMMARY,), lambda folder: write_csv(measure_summary(dataset), folder / SUMMARY)
+    )
     yield ReportFiles((REPORT,), lambda folder: write_run_page(dataset, dataset, folder))
     if is_against_effects(dataset):
         yield ReportFiles((RUNS, CORRELATIONS), lambda folder: write_predictors(dataset, folder))

@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 UNKNOWN: Interval = (math.nan, math.nan)
 Number = tuple[float, Interval]
-"""A number with its interval, which is `UNKNOWN` where no choice of rows is known."""
+"""A number and its interval by the choice of the rows; `UNKNOWN` where there is no interval."""
 
 # ---- risks and names ----
 
 
-def in_metric(attributes: Mapping[str, Any]) -> str:
+def in_metric(attrs: Mapping[str, Any]) -> str:
     """The part of a title that names the metric of the effects; empty for the plain one."""
-    metric = attributes.get("metric")
-    if metric is None:
-        return ""
-    return f", in the metric of {'a diagonal given' if metric == 'diagonal' else metric}"
+    return f", in {_metric_name(attrs['metric'])}" if "metric" in attrs else ""
+
+
+def _metric_name(metric: str) -> str:
+    return f"the metric of {'a given diagonal' if metric == 'diagonal' else metric}"
 
 
 def risk_words(risk: str) -> str:
@@ -61,18 +62,16 @@ def question(effect: xr.DataArray, i: int, width: int) -> str:
 
 
 def number(value: float, spec: str = "+.3g") -> str:
-    """A number; a dash where it is undefined, a bare 0 for zero, no sign where it rounds to 0."""
+    """A number; no sign where it rounds to 0.
+
+    Zero is a bare 0, an undefined number a dash, and an infinite one `+∞` or `−∞`.
+    """
     if math.isnan(value):
         return "–"
-    text = "0" if value == 0 else f"{value:{spec}}"
-    return text if math.isinf(value) or re.search("[1-9]", text) else text.lstrip("+-")
-
-
-def cell(value: float, spec: str = "+.3g") -> str:
-    """A number as `number` writes it, but `+∞` or `−∞` where it is infinite."""
     if math.isinf(value):
         return "+∞" if value > 0 else "−∞"
-    return number(value, spec)
+    text = "0" if value == 0 else f"{value:{spec}}"
+    return text if re.search("[1-9]", text) else text.lstrip("+-")
 
 
 def bounds(interval: Interval, spec: str = "+.3g") -> str:
@@ -81,13 +80,12 @@ def bounds(interval: Interval, spec: str = "+.3g") -> str:
     return f"[{low}, {high}]"
 
 
-def cell_with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> str:
-    """A number, followed by its interval where the interval is known."""
-    text = cell(value, spec)
-    if interval is None or math.isnan(value) or any(map(math.isnan, interval)):
+def number_with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> str:
+    """A number, followed by its interval where the number is finite and the interval known."""
+    text = number(value, spec)
+    if interval is None or not math.isfinite(value) or any(map(math.isnan, interval)):
         return text
-    low, high = (cell(bound, spec) for bound in interval)
-    return f"{text} [{low}, {high}]"
+    return f"{text} {bounds(interval, spec)}"
 
 
 def spoken(value: float) -> str:
@@ -148,11 +146,11 @@ def metric_line(attrs: Mapping[str, Any]) -> str:
     """
     if "step_metric_note" in attrs:
         return f"Metric: e_P is not known: {attrs['step_metric_note']}."
-    for prefix, where in (("metric", "Effects, norms and cosines are"), ("step_metric", "e_P is")):
+    for prefix, where in (("metric", "effects, norms and cosines are"), ("step_metric", "e_P is")):
         if prefix in attrs:
             of = f", of the step of {attrs[f'{prefix}_of']}" if f"{prefix}_of" in attrs else ""
             return (
-                f"Metric: {where} in that of {attrs[prefix]}{of}; its state: "
+                f"Metric: {where} in {_metric_name(attrs[prefix])}{of}; its state: "
                 f"{attrs[f'{prefix}_state']}. Momentum and weight decay are given beside it."
             )
     return ""

@@ -22,7 +22,7 @@ AXES = ("parameter", "group", "sample", "position", "token")
 WITHIN = ("position", "token")
 """Axes within a sample, each of one engine: positions of a layer's use, and predicted tokens."""
 
-PLACE, SAMPLE, WITHIN_SAMPLE = 2, 3, 4
+PARAMETER, SAMPLE, WITHIN_SAMPLE = 2, 3, 4
 """Numbers of the axes after objectives and risks: parameters or groups, rows of all data sets,
 positions or tokens. Arrays of effects have all five axes, of size 1 where they are summed."""
 
@@ -47,13 +47,13 @@ class Resolution:
     blocks: Blocks | None = None
 
     @property
-    def by_place(self) -> str | None:
+    def by_parameter_or_group(self) -> str | None:
         """The axis `parameter` or `group`; None where effects are summed over the whole model."""
         return next((axis for axis in ("parameter", "group") if axis in self.axes), None)
 
     @property
     def per_sample(self) -> bool:
-        """Whether an engine must keep samples, or places within them, apart."""
+        """Whether an engine must keep samples, or positions or tokens within them, apart."""
         return "sample" in self.axes or self.within is not None
 
     @property
@@ -72,16 +72,16 @@ class Resolution:
 
     def columns(self) -> tuple[list[str], list[int]]:
         """Labels of parameters or groups, and for each parameter the number of its label."""
-        if self.by_place == "parameter":
+        if self.by_parameter_or_group == "parameter":
             return list(self.parameters), list(range(len(self.parameters)))
-        if self.by_place == "group":
+        if self.by_parameter_or_group == "group":
             return groups_of(self.parameters, self.blocks)
         return [""], [0] * len(self.parameters)
 
     def shape(self, n_objectives: int, n_risks: int) -> tuple[int, int, int, int, int]:
-        """Sizes of the five axes: objectives, risks, parameters or groups, samples, places within.
+        """Sizes of the axes: objectives, risks, parameters or groups, samples, positions or tokens.
 
-        Places within a sample are positions or tokens. A summed axis has size 1.
+        A summed axis has size 1.
         """
         every = [sample for _, sample in self._samples()]
         return (
@@ -97,13 +97,13 @@ class Resolution:
     def kept(self, values: np.ndarray) -> np.ndarray:
         """An array of `shape` without the axes that were summed."""
         has = {
-            PLACE: self.by_place is not None,
+            PARAMETER: self.by_parameter_or_group is not None,
             SAMPLE: "sample" in self.axes,
             WITHIN_SAMPLE: self.within is not None,
         }
         return values.squeeze(tuple(at for at, is_axis in has.items() if not is_axis))
 
-    def places(self, data_pass: DataPass, batch: Batch) -> Tensor:
+    def indices_within(self, data_pass: DataPass, batch: Batch) -> Tensor:
         """The index of each token of a batch along the axis within samples.
 
         `(total_tokens,)` int64; -1 for a token that is not on the axis.
@@ -124,9 +124,9 @@ class Resolution:
             tokenizer: gives the text of tokens along the axis within samples; None for ids only.
         """
         coords: dict[str, Any] = {}
-        if self.by_place == "parameter":
+        if self.by_parameter_or_group == "parameter":
             coords |= parameter_coordinates(self.parameters, self.blocks)
-        elif self.by_place == "group":
+        elif self.by_parameter_or_group == "group":
             coords["group"] = self.columns()[0]
         if "sample" in self.axes:
             every = list(self._samples())
@@ -139,14 +139,14 @@ class Resolution:
 
     def _within_coordinates(self, axis: str, tokenizer: Any) -> dict[str, Any]:
         every = [sample for _, sample in self._samples()]
-        places = [self._within(sample) for sample in every]
-        n = 1 + max(int(own.numpy().max()) for own in places)
+        indices = [self._within(sample) for sample in every]
+        n = 1 + max(int(own.numpy().max()) for own in indices)
         coords: dict[str, Any] = {axis: np.arange(n)}
         if "sample" not in self.axes:
             return coords
         ids = np.full((len(every), n), -1, dtype=np.int32)
         sequence = ids.copy()
-        for row, (sample, own) in enumerate(zip(every, places, strict=True)):
+        for row, (sample, own) in enumerate(zip(every, indices, strict=True)):
             several = self._sequences(sample)
             kept = own >= 0
             number = torch.repeat_interleave(torch.tensor([len(s) for s in several]))
@@ -195,18 +195,18 @@ class EffectArray:
         mixture: `(K, n_parts)` fp64, the coefficient of each part in each objective.
         values: fp64 zeros of `Resolution.shape`, added to in place: an array of numpy, or one in a
             file, of which one sample at a time is in memory.
-        places: `Resolution.places`; None to sum over the tokens of a sample.
+        indices_within: `Resolution.indices_within`; None to sum over the tokens of a sample.
     """
 
     def __init__(
         self,
         mixture: Tensor,
         values: Any,
-        places: Callable[[DataPass, Batch], Tensor] | None = None,
+        indices_within: Callable[[DataPass, Batch], Tensor] | None = None,
     ) -> None:
         self.mixture = mixture
         self.values = values
-        self.places = places
+        self.indices_within = indices_within
 
     def add(self, data_pass: DataPass, batch: Batch, effects: Tensor) -> None:
         """Add the effects of parts on one batch.
@@ -215,50 +215,51 @@ class EffectArray:
             data_pass: the pass with the parts that read the batch.
             batch: the batch, with its samples.
             effects: `(len(data_pass.parts), M, C, n)` fp64 on the CPU, `n` the batch's samples or,
-                with `places`, its tokens.
+                with `indices_within`, its tokens.
         """
         mixed = torch.tensordot(self.mixture[:, list(data_pass.parts)], effects, dims=1)
-        self.place(data_pass, batch, mixed)
+        self.add_mixed(data_pass, batch, mixed)
 
-    def place(self, data_pass: DataPass, batch: Batch, mixed: Tensor) -> None:
+    def add_mixed(self, data_pass: DataPass, batch: Batch, mixed: Tensor) -> None:
         """Add the effects of objectives, instead of parts, on one batch, `(K, M, C, n)`."""
         by_sample = self.values.shape[SAMPLE] > 1
-        if self.places is None:
+        if self.indices_within is None:
             pieces = mixed.unbind(-1)
         else:
-            places = self.places(data_pass, batch)
+            indices = self.indices_within(data_pass, batch)
             own = Offsets.of(batch.sample_lengths)
-            pieces = tuple(_placed(mixed[..., tokens], places[tokens]) for tokens in own)
+            pieces = tuple(_by_index(mixed[..., tokens], indices[tokens]) for tokens in own)
         for row, piece in zip(batch.rows, pieces, strict=True):
             at = row + data_pass.offset if by_sample else 0
             found = piece.reshape(*piece.shape[:3], -1).numpy()
             self.values[:, :, :, at, : found.shape[-1]] += found
 
     def add_whole(self, columns: Sequence[int], effects: Tensor) -> None:
-        """Add effects of whole data sets, where neither samples nor places within them are axes.
+        """Add effects of whole data sets to a result without an axis of samples or within samples.
 
         Args:
             columns: for each parameter the number of its label.
             effects: `(n_parts, M, P)`, by parameter, on the CPU.
         """
         mixed = torch.tensordot(self.mixture, effects, dims=1)
-        torch.from_numpy(self.values)[..., 0, 0].index_add_(PLACE, torch.tensor(columns), mixed)
+        torch.from_numpy(self.values)[..., 0, 0].index_add_(PARAMETER, torch.tensor(columns), mixed)
 
 
 def by_row(values: Any) -> np.ndarray:
     """`EffectArray.values` summed over all axes but objectives, risks and rows, `(K, M, n)`."""
     if isinstance(values, np.ndarray):
-        return values.sum((PLACE, WITHIN_SAMPLE))
+        return values.sum((PARAMETER, WITHIN_SAMPLE))
     rows = range(values.shape[SAMPLE])  # read from the file one at a time
-    return np.stack([values[:, :, :, row, :].sum((PLACE, PLACE + 1)) for row in rows], axis=-1)
+    summed = (PARAMETER, PARAMETER + 1)  # the axes of a row
+    return np.stack([values[:, :, :, row, :].sum(summed) for row in rows], axis=-1)
 
 
-def _placed(effects: Tensor, places: Tensor) -> Tensor:
-    """Effects `(..., n_tokens)` of one sample by place; a place without a token is 0."""
-    kept = places >= 0
-    placed = effects.new_zeros(*effects.shape[:-1], int(places.numpy().max()) + 1)
-    placed[..., places[kept]] = effects[..., kept]
-    return placed
+def _by_index(effects: Tensor, indices: Tensor) -> Tensor:
+    """Effects `(..., n_tokens)` of one sample along the axis within samples, 0 without a token."""
+    kept = indices >= 0
+    found = effects.new_zeros(*effects.shape[:-1], int(indices.numpy().max()) + 1)
+    found[..., indices[kept]] = effects[..., kept]
+    return found
 
 
 def stored_text(text: str) -> str:

@@ -77,8 +77,8 @@ def check_gradients(gradients: Mapping[str, Tensor], names: Sequence[str]) -> No
         if not good:
             rows = torch.isfinite(gradients[parameter].flatten(1)).all(1).tolist()
             raise NonFiniteError(
-                f"gradient of {names[rows.index(False)]} at {parameter} is not finite; check the "
-                "data and the model's precision"
+                f"gradient of {names[rows.index(False)]} at {parameter} is not finite",
+                remedy="check the data and the model's precision",
             )
 
 
@@ -96,15 +96,15 @@ def check_effects(
     for objective, value in zip(objectives, values.tolist(), strict=True):
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the value of objective '{objective}' is {value}; check its hyper-parameters and "
-                "the model's precision"
+                f"the value of objective '{objective}' is {value}",
+                remedy="check its hyper-parameters and the model's precision",
             )
     bad = ~torch.isfinite(effects)
     if bad.any():
         k, _, p = bad.nonzero()[0].tolist()
         raise NonFiniteError(
-            f"gradient of objective '{objectives[k]}' at {places[p]} is not finite; "
-            "check its hyper-parameters and the model's precision"
+            f"gradient of objective '{objectives[k]}' at {places[p]} is not finite",
+            remedy="check its hyper-parameters and the model's precision",
         )
 
 
@@ -119,8 +119,8 @@ def check_norms(gram: Tensor, names: Sequence[object]) -> None:
     if not good.all():
         name = names[int((~good).nonzero()[0])]
         raise NonFiniteError(
-            f"the norm of the gradient of '{name}' is not finite; check its coefficients and "
-            "hyper-parameters"
+            f"the norm of the gradient of '{name}' is not finite",
+            remedy="check its coefficients and hyper-parameters",
         )
 
 
@@ -218,7 +218,7 @@ def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, A
         "risk_grad_norm": ("risk", risk),
         "cosine": (("objective", "risk"), cosine),
     }
-    by = resolution.by_place
+    by = resolution.by_parameter_or_group
     if by is not None:
         labels, columns = resolution.columns()
         placed = gram.new_zeros(len(labels), *gram.shape[1:])

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geffect_fast.errors import InputError
+from geffect_fast.results.risks import UNLEARN
 
 if TYPE_CHECKING:
     import xarray as xr
 
-AXES = ("step", "objective", "risk", "parameter", "group", "sample", "position", "token")
-RISKS = ("unlearn", "retain")
+RESULT_AXES = ("step", "objective", "risk", "parameter", "group", "sample", "position", "token")
+RISKS = (UNLEARN, "retain")
 HYPER = "hyper_"
 """Prefix of the coordinates of swept parameters."""
 
@@ -82,7 +83,7 @@ REFERENCE_IS_MODEL = (
 )
 """The meaning of a result's attribute `reference_is_model`, in words for the user."""
 
-_HELD = 1100
+_LARGEST_RATIO = 1100
 """Largest ratio of a file's content to its size: deflate shrinks equal bytes a thousandfold."""
 
 
@@ -104,7 +105,7 @@ def check_size(file: Path) -> None:
     with h5py.File(file) as opened:
         opened.visititems(add)
     size = file.stat().st_size
-    if held > _HELD * size + 2**26:
+    if held > _LARGEST_RATIO * size + 2**26:
         raise _changed(
             file, f"it claims to hold {held / 2**30:.1f} GiB, in a file of {size / 2**10:.0f} KiB"
         )
@@ -116,7 +117,7 @@ def check_form(dataset: xr.Dataset, file: Path) -> None:
     Raises:
         InputError: the result has another form. The message names the first deviation.
     """
-    problem = _odd(dataset)
+    problem = _wrong_form(dataset)
     if problem is not None:
         raise _changed(file, problem)
 
@@ -127,7 +128,7 @@ def check_complete(dataset: xr.Dataset, file: str | Path) -> None:
     Raises:
         InputError: something is missing or of another kind. The message names it.
     """
-    problem = _lacking(dataset)
+    problem = _missing_for_pages(dataset)
     if problem is not None:
         raise _changed(file, problem)
 
@@ -153,9 +154,11 @@ def check_whole(dataset: xr.Dataset, what: str) -> None:
     if compared:
         axes = ("run", "risk")  # every run has an objective of its own
     missing = [axis for axis in axes if axis not in dataset[name].dims]
-    problem = f"it has no axis '{missing[0]}'" if missing else _unread(dataset, name)
+    problem = f"it has no axis '{missing[0]}'" if missing else _missing_for_tables(dataset, name)
     if problem is None and not measured:
-        problem = _unnamed(dataset) or (None if compared else _lacking(dataset))
+        problem = _missing_coordinate(dataset)
+        if problem is None and not compared:
+            problem = _missing_for_pages(dataset)
     if problem is not None:
         raise InputError(
             f"{what} is no whole result: {problem}; select by lists, as .sel(objective=['ga']) "
@@ -163,7 +166,7 @@ def check_whole(dataset: xr.Dataset, what: str) -> None:
         )
 
 
-def _unread(dataset: xr.Dataset, name: str) -> str | None:
+def _missing_for_tables(dataset: xr.Dataset, name: str) -> str | None:
     """The first variable or attribute that a result lacks and tables read beside `name`, in words.
 
     The value is None where nothing is missing.
@@ -191,7 +194,7 @@ def _unread(dataset: xr.Dataset, name: str) -> str | None:
     return None
 
 
-def _unnamed(dataset: xr.Dataset) -> str | None:
+def _missing_coordinate(dataset: xr.Dataset) -> str | None:
     """The first coordinate that an axis of the effects lacks, in words; None if none is missing."""
     effect = dataset["g_effect"]
     for axis in map(str, effect.dims):
@@ -204,7 +207,7 @@ def _unnamed(dataset: xr.Dataset) -> str | None:
     return None
 
 
-def _lacking(dataset: xr.Dataset) -> str | None:
+def _missing_for_pages(dataset: xr.Dataset) -> str | None:
     """The first risk, variable or attribute for tables and pages that a result lacks, in words.
 
     The value is None where nothing is missing.
@@ -237,16 +240,17 @@ def _read(value: Any, kind: type) -> Any:
     return value
 
 
-def _odd(dataset: xr.Dataset) -> str | None:
+def _wrong_form(dataset: xr.Dataset) -> str | None:
+    """The first deviation of a result from the form of a profile's result; None where it has it."""
     effect = dataset["g_effect"]
     if effect.dtype.kind != "f":
-        return f"its g_effect holds {effect.dtype}, not numbers with a point"
+        return f"its g_effect holds {effect.dtype}, not floating-point numbers"
     for axis in map(str, effect.dims):
-        if axis not in AXES:
+        if axis not in RESULT_AXES:
             return f"its g_effect has an axis '{axis}'"
         if not effect.sizes[axis]:
             return f"its axis '{axis}' is empty"
-    if problem := _unnamed(dataset):
+    if problem := _missing_coordinate(dataset):
         return problem
     for axis in ("objective", "risk"):
         if effect[axis].dtype.kind not in "OUT":  # strings, of whatever kind
@@ -259,6 +263,6 @@ def _odd(dataset: xr.Dataset) -> str | None:
 
 def _changed(file: str | Path, problem: str) -> InputError:
     return InputError(
-        f"{file} is no result as profiles write it: {problem}; it was changed or damaged: profile "
-        "again"
+        f"{file} is no result as profiles write it: {problem}",
+        remedy="it was changed or damaged; repeat the run",
     )

@@ -148,7 +148,10 @@ def _numbers(name: str, given: object) -> frozenset[int]:
             )
         first, last = int(interval[1]), int(interval[2] or interval[1])
         if last < first:
-            raise InputError(f"groups: '{name}' has blocks {given!r}, upside down; write it again")
+            raise InputError(
+                f"groups: '{name}' has blocks {given!r}, and {piece.strip()} ends before it "
+                "begins; write the smaller number first"
+            )
         numbers.update(range(first, last + 1))
     return frozenset(numbers)
 

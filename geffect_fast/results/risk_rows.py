@@ -33,8 +33,6 @@ from geffect_fast.results.intervals import (
 )
 from geffect_fast.transfer import OnItsWay
 
-UNLEARN = "unlearn"
-
 
 class RowValues:
     """A collector of every row's share of each risk, while the risks' gradients are computed.
@@ -86,10 +84,10 @@ class RowValues:
 
     def along(self) -> list[np.ndarray]:
         """`< grad R_j, G >` of the rows of each risk but the first; NaN without products."""
-        missing = 0.0 if self.products.exist else np.nan
+        missing = 0.0 if self.products.available else np.nan
         whole = [np.full(n, missing) for n in self._sizes.values()]
         found = self.products.found
-        if self.products.exist and found:
+        if self.products.available and found:
             (read,) = OnItsWay(torch.cat([own for *_, own in found])).arrived()
             each = read.split([len(rows) for _, rows, _ in found])
             for (index, rows, _), own in zip(found, each, strict=True):

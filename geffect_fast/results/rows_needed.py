@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import has_intervals
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def rows_note(dataset: xr.Dataset) -> str:
         return ""
     objectives = [str(objective) for objective in dataset["objective"].values]
     trained = str(dataset.attrs.get("trained_objective", ""))
-    one = dataset.sel(objective=trained if trained in objectives else objectives[0], risk="unlearn")
+    one = dataset.sel(objective=trained if trained in objectives else objectives[0], risk=UNLEARN)
     e_u = float(one["g_effect"].sum(skipna=False))
     low, high = float(one["g_effect_low"]), float(one["g_effect_high"])
     n = int(dataset.attrs["n_forget"])

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 SETTINGS = ("risk", "reduction")
+"""Attributes with settings that runs must share for their numbers to be comparable."""
 COUNTS = ("n_forget", "n_retain")
-"""Attributes (with `SETTINGS`) that runs must share for their numbers to be comparable."""
+"""Attributes with numbers of rows that runs must share."""
 BY_SET = ("probe_rows", "digests")
 """Attributes, JSON by data set, that runs must share for every data set that both have."""
 

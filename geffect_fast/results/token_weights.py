@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.precision import widened
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import DataPass
 from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.precision import widened
 from geffect_fast.ranks import Ranks
 from geffect_fast.results.axes import Resolution
 from geffect_fast.transfer import OnItsWay
@@ -91,10 +91,10 @@ class ObjectiveWeights:
         own = []
         for data_pass, index, batch, copy in self._coming:
             (found,) = copy.arrived()
-            places = self._resolution.places(data_pass, batch)
+            indices = self._resolution.indices_within(data_pass, batch)
             rows = torch.tensor(batch.rows)[batch.token_sample()] + data_pass.offset
             ahead = batch.target_index
-            at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # of the predicted token
+            at = (rows[ahead].numpy(), indices[ahead + 1].numpy())  # of the predicted token
             own.append((index, at, found[ahead].numpy()))
         n_parts, _, _, n, t = self._resolution.shape(self._mixture.shape[1], 1)
         of_parts = np.full((n_parts, n, t), np.nan)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from geffect_fast.results.intervals import Z, stretch
+from geffect_fast.results.risks import UNLEARN
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -56,9 +57,9 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
         return np.zeros((effect.sizes["objective"], effect.sizes["risk"], 0))
     rest = [d for d in effect.dims if d not in ("objective", "risk", "sample")]
     rows = effect.sum(rest, skipna=False).transpose("objective", "risk", "sample").values
-    unlearn = [str(risk) for risk in result["risk"].values].index("unlearn")
-    spread = row_spreads(rows, result["set"].values)
-    spread[:, unlearn] *= 2  # the forget rows are in both gradients
+    risks = [str(risk) for risk in result["risk"].values]
+    unlearn = risks.index(UNLEARN)
+    spread = row_spreads(rows, result["set"].values) * times_counted(risks)[:, None]
     of_risks = result["risk_row_spread"].transpose("risk", "risk_row").values
     e_u = rows[:, unlearn].sum(-1)
     # Different risks have different rows, so each gets columns of its own.
@@ -82,6 +83,14 @@ def row_spreads(rows: np.ndarray, sets: np.ndarray) -> np.ndarray:
         middle = own.mean(axis=-1, keepdims=True)
         spread[..., sets == name] = (own - middle) * stretch(own.shape[-1])
     return spread
+
+
+def times_counted(risks: Sequence[str]) -> np.ndarray:
+    """How often effects on each risk count the rows that objectives read, `(M,)`.
+
+    The effect on the forget risk counts them twice, as the forget rows make both of its gradients.
+    """
+    return np.where(np.array(risks) == UNLEARN, 2.0, 1.0)
 
 
 def half_width(spread: np.ndarray) -> np.ndarray:

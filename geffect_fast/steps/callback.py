@@ -27,7 +27,8 @@ from geffect_fast.steps.reporting import logged_values, report
 from geffect_fast.steps.training_lock import TrainingLock
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import MANIFEST, Manifest, checksums
-from geffect_fast.storage.run_folder import RESULTS, STEPS, check_free, own_files, save_result
+from geffect_fast.storage.results_file import save_result
+from geffect_fast.storage.run_folder import RESULTS, STEPS, check_free, own_files
 from geffect_fast.storage.step_store import StepStore
 
 if TYPE_CHECKING:
@@ -161,7 +162,9 @@ class GEffectCallback(TrainerCallback):
         self._probe.store.check_free(sorted(due - {*self._probe.store.steps}))
         self._rates = []
         if start % self.every == 0:
-            found = self._probe.at(start, last=start == end, optimizer=given.get("optimizer"))
+            found = self._probe.measure_at(
+                start, last=start == end, optimizer=given.get("optimizer")
+            )
             report(logged_values(found), args, state, control)
 
     def on_optimizer_step(
@@ -191,7 +194,7 @@ class GEffectCallback(TrainerCallback):
             if state.global_step not in self._probe.store.steps:
                 self._measure(args, state, control, kwargs.get("optimizer"), last=True)
             self.result = self._probe.store.combined()
-            self._probe.forget()
+            self._probe.release()
             if self.out is not None and self._ranks.first:
                 with locked(self.out):
                     save_result(self.result, self.out / RESULTS)
@@ -215,7 +218,7 @@ class GEffectCallback(TrainerCallback):
     ) -> None:
         if self._probe is not None:
             with self._ranks.together(_NAME):
-                found = self._probe.at(
+                found = self._probe.measure_at(
                     state.global_step, learning_rates=self._rates, last=last, optimizer=optimizer
                 )
             self._rates = []

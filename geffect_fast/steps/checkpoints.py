@@ -17,6 +17,7 @@ from geffect_fast.capture.compat import check_finite, own_part
 from geffect_fast.capture.parts import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import has_remote_code, load_model
+from geffect_fast.measure.precision import dtype_name
 from geffect_fast.storage.run_model import check_run_model
 
 _INDEX = "model.safetensors.index.json"
@@ -176,4 +177,4 @@ def _fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _dtype_of(model: nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    return dtype_name(next(model.parameters()).dtype)

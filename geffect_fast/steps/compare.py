@@ -20,6 +20,7 @@ from geffect_fast.results.told_apart import (
     half_width,
     precision_error,
     row_spreads,
+    times_counted,
 )
 from geffect_fast.storage.run_folder import open_run
 from geffect_fast.visible import one_line
@@ -162,18 +163,20 @@ def _given(
                     f"{what}: {name} and {places[place]} are the same run; give it once"
                 )
             places[place] = name
-            folder, run = run, open_run(run)
-            check_complete(run, folder)
-        elif not isinstance(run, xr.Dataset):
+            dataset = open_run(run)
+            check_complete(dataset, run)
+        elif isinstance(run, xr.Dataset):
+            dataset = run
+        else:
             raise InputError(f"{what}: {run!r} is no run; give folders, or results of open_run")
-        if "step" not in run["g_effect"].dims:
+        if "step" not in dataset["g_effect"].dims:
             raise InputError(
                 f"{what}: {name} has no steps; give runs of unlearn or of profile --checkpoints"
             )
-        twin = next((other for other, d in found.items() if _same(d, run)), None)
+        twin = next((other for other, d in found.items() if _same(d, dataset)), None)
         if twin is not None:
             raise InputError(f"{what}: {name} holds the same result as {twin}; give it once")
-        found[name] = run
+        found[name] = dataset
     return found
 
 
@@ -254,7 +257,7 @@ def _group_widths(effect: xr.DataArray, axis: str, groups: list[str]) -> xr.Data
         rows = rows.groupby("group").sum(skipna=False)
     rows = rows.sel(group=groups).transpose("step", "risk", "group", "sample")
     width = half_width(row_spreads(rows.values, effect["set"].values))
-    width[:, [str(risk) for risk in rows["risk"].values].index("unlearn")] *= 2
+    width *= times_counted([str(risk) for risk in rows["risk"].values])[:, None]
     return rows.isel(sample=0, drop=True).copy(data=width)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from geffect_fast.measure.execute import (
+from geffect_fast.measure.by_config import (
     gradient_bytes,
-    loaded,
-    machine,
+    load_by_config,
     on_threads,
     read_sources_of,
+    recorded_machine,
 )
 from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digests
@@ -20,7 +20,7 @@ from geffect_fast.settings import Measuring, ProfileConfig
 from geffect_fast.steps.profile_checkpoints import CheckpointRun
 from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.storage.recorded_rows import check_recorded
-from geffect_fast.storage.step_folder import as_begun, check_resumed, check_start, started
+from geffect_fast.storage.step_folder import as_begun, check_resumed, check_start, working_folder
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,9 @@ def execute_checkpoints(
     first, progress = ranks.first, progress and ranks.first
     with (
         ranks.together(config.command),
-        started(out, ranks, partial(check_start, out, resume, overwrite, inputs=read)) as folder,
+        working_folder(
+            out, ranks, partial(check_start, out, resume, overwrite, inputs=read)
+        ) as folder,
     ):
         if resume:
             chosen = ranks.first_of(as_begun(config, folder, _CHOSEN) if first else {})
@@ -92,13 +94,13 @@ def execute_checkpoints(
             check_recorded(config.rows, rows, folder if resume else None)
             if first:
                 check_replayed(inputs.get("--config"), config, sums)
-            chosen = {
+            recorded = {
                 "token_budget": run.profiler.token_budget,
                 "engine": run.profiler.attributes["engine"],
-                **machine(threads, device, run.model),
+                **recorded_machine(threads, device, run.model),
                 "rows": rows,
             }
-            settled = config.model_copy(update=chosen)
+            settled = config.model_copy(update=recorded)
             return run.written(folder, settled, sums, report, resume=resume, progress=progress)
 
 
@@ -108,5 +110,5 @@ def _first(
     """Load the model of the first checkpoint, or this rank's part of it."""
     # Beside the risks' gradients a copy of the weights, hence `+ 1`, is kept for predictions.
     beside = partial(gradient_bytes, n_risks=n_risks + 1)
-    model: PreTrainedModel = loaded(str(folder), config, device, beside, what="checkpoint")
+    model: PreTrainedModel = load_by_config(str(folder), config, device, beside, what="checkpoint")
     return model

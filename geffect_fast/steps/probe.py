@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 SAME = 1e-3
-"""How far a risk may be from the one in the store, relative to it: of the same model it is another
-machine's rounding."""
+"""Largest relative difference between a risk and its stored value at which the model counts as the
+same; another machine's rounding is smaller."""
 
 _CHUNK = 2**22
 """Elements of a parameter per product, so that no whole fp64 copy of a large one is made."""
@@ -90,9 +90,9 @@ class Probe:
     Examples:
         >>> profiler = Profiler.of(model, tokenizer, **data, objectives=["npo"])
         >>> probe = Probe(profiler, StepStore(None, run_identity(profiler)))
-        >>> probe.at(0)
+        >>> probe.measure_at(0)
         >>> ...  # ten updates
-        >>> probe.at(10)
+        >>> probe.measure_at(10)
         >>> probe.store.combined().g_effect.sum(["parameter", "sample"])
     """
 
@@ -117,7 +117,7 @@ class Probe:
         self.latest: tuple[int, xr.Dataset] | None = None
         self._before: _Before | None = None
 
-    def at(
+    def measure_at(
         self,
         step: int,
         *,
@@ -182,7 +182,7 @@ class Probe:
         self.latest = step, result
         return result
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Free the memory that the next prediction would need."""
         self._before = None
 

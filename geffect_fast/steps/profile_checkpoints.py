@@ -25,12 +25,12 @@ from geffect_fast.storage.inputs import input_sums
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.run_folder import STEPS
 from geffect_fast.storage.step_folder import (
-    begun,
     check_resumed,
     check_start,
     finish,
-    kept,
-    started,
+    new_run,
+    telling_what_is_kept,
+    working_folder,
 )
 from geffect_fast.storage.step_store import StepStore
 from geffect_fast.terminal import progress_bar
@@ -124,7 +124,9 @@ def profile_checkpoints(
     if out is None:
         return prepared().measure(None, **how)
     read = _paths(checkpoints, model, reference_model, forget, retain, options)
-    with started(out, ranks, partial(check_start, out, resume, overwrite, inputs=read)) as folder:
+    with working_folder(
+        out, ranks, partial(check_start, out, resume, overwrite, inputs=read)
+    ) as folder:
         run = prepared()
         sums = input_sums(read) if ranks.first else {}
         if resume and ranks.first:
@@ -215,7 +217,7 @@ class CheckpointRun:
 
         Args:
             folder: the run's folder.
-            config, sums: config and checksums of inputs for `begun`, unless the run is resumed.
+            config, sums: config and checksums of inputs for `new_run`, unless the run is resumed.
             report: adds tables and plots to the folder.
             resume: whether the run is resumed.
             how: arguments of `measure`.
@@ -228,7 +230,10 @@ class CheckpointRun:
         """
         if not self.profiler.ranks.first:
             return self.measure(folder, **how)
-        with nullcontext() if resume else begun(folder, config, sums), kept(folder):
+        with (
+            nullcontext() if resume else new_run(folder, config, sums),
+            telling_what_is_kept(folder),
+        ):
             dataset = self.measure(folder, **how)
             finish(folder, dataset, report)
         return dataset
@@ -261,7 +266,7 @@ class CheckpointRun:
         first = self.folders[steps[0]]
         with progress_bar(progress and ranks.first, "checkpoints", len(wanted)) as update:
             for step in loaded_in_turn(self.model, first, self.folders, wanted):
-                probe.at(step, optimizer=self.folders[step] if self.optimizers else None)
+                probe.measure_at(step, optimizer=self.folders[step] if self.optimizers else None)
                 update(advance=1)
         of_last = store.read(store.steps[-1]).attrs  # the first may lack an optimizer's state
         said = {key: of for key, of in of_last.items() if key.startswith("step_metric")}

@@ -81,7 +81,7 @@ def shared_folder(folder: Path | None, ranks: Ranks) -> Path:
     assert folder is not None
     if not ranks.first and not folder.is_dir():
         raise InputError(
-            f"--out: the folder {folder} of the first rank is not to be seen from this one; "
+            f"--out: the folder {folder} of the first rank cannot be seen from this rank; "
             "choose one on a disk that all ranks share"
         )
     return folder
@@ -161,8 +161,8 @@ def recovered(folder: Path) -> None:
 
     Raises:
         OSError: the disk refuses.
-        InputError: the note of the files set aside is damaged or names a path outside the folder,
-            or a version without notes set aside files that cannot be put back without a loss.
+        InputError: the note of the files set aside is missing or damaged, or names a path outside
+            the folder.
     """
     for hidden in sorted(folder.glob(f"{REPLACED}*"), reverse=True):  # the innermost first
         _put_back(folder, hidden)
@@ -186,10 +186,7 @@ def check_inside(folder: Path, name: str) -> None:
 
 def _put_back(folder: Path, hidden: Path) -> None:
     """Undo an unfinished `set_aside`; this may itself be stopped at any point and done again."""
-    if is_there(hidden / _NOTE):
-        note = _note_in(folder, hidden)
-    else:
-        note = _note_of_old(folder, hidden)
+    note = _note_in(folder, hidden)
     source = note["source"]
     for name in [*note["names"], *note["folders"], *([source] if source else [])]:
         check_inside(folder, name)
@@ -212,44 +209,22 @@ def _put_back(folder: Path, hidden: Path) -> None:
 
 
 def _note_in(folder: Path, hidden: Path) -> dict[str, Any]:
-    """Read the note of the files set aside; raise `InputError` where the note is damaged."""
+    """Read the note of the files set aside; raise `InputError` if it is missing or damaged."""
     try:
         note = json.loads((hidden / _NOTE).read_text(encoding="utf-8"))
         lists = [note["names"], note["present"], note["folders"]]
         whole = isinstance(note["source"], str | None) and all(
             isinstance(each, list) and all(isinstance(name, str) for name in each) for each in lists
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise InputError(
             f"run folder {folder} holds {hidden.name}, an earlier run that a killed process set "
-            f"aside, and the {_NOTE} in it is damaged; move what is in {hidden.name}/{_ASIDE} back "
-            f"to its place, or away, and remove {hidden.name}"
+            f"aside, and the {_NOTE} in it is missing or damaged; move what is in "
+            f"{hidden.name}/{_ASIDE} back to its place, or away, and remove {hidden.name}"
         )
     return dict(note)
-
-
-def _note_of_old(folder: Path, hidden: Path) -> dict[str, Any]:
-    """Make the note of files that an earlier version, which wrote no notes, set aside.
-
-    The files are moved to where `_put_back` expects them.
-
-    Raises:
-        InputError: a file set aside has a new file in its place.
-    """
-    names = [path.name for path in hidden.iterdir() if path.name != _ASIDE]
-    for name in names:
-        if is_there(folder / name):
-            raise InputError(
-                f"run folder {folder} holds {hidden.name}, an earlier run that a killed process "
-                f"set aside, and {name} beside it; move one of them away"
-            )
-        (hidden / _ASIDE).mkdir(exist_ok=True)
-        (hidden / name).rename(hidden / _ASIDE / name)
-    aside = hidden / _ASIDE
-    names = [path.name for path in aside.iterdir()] if aside.is_dir() else []
-    return {"names": names, "present": names, "folders": [], "source": None}
 
 
 def _remove_empty(folder: Path, names: Iterable[str]) -> None:

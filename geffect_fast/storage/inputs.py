@@ -24,10 +24,11 @@ from geffect_fast.storage.run_yaml import AnyConfig, load_config
 Inputs = Mapping[str, str | Path]
 """Paths or hub ids by the option that gives them."""
 
-_DECIDE = (".json", ".jsonl", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+_LOADED_ENDINGS = (".json", ".jsonl", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 """Endings of files in a model's folder that decide what is loaded from it."""
 
-_DO_NOT = ("trainer_state.json", "training_args.bin", "geffect_fast.json", "manifest.json")
+_NOT_LOADED = ("trainer_state.json", "training_args.bin", "geffect_fast.json", "manifest.json")
+"""Files with one of these endings from which no model is loaded."""
 
 
 def inputs_of(config: AnyConfig) -> dict[str, str | Path]:
@@ -116,8 +117,8 @@ def _sums_behind(source: str | Path, stop: Event | None) -> Sums | None:
             return None
         place = Path(config).parent
     if place.is_dir():
-        names = [each.name for each in place.iterdir() if each.suffix in _DECIDE]
-        names = [name for name in names if name not in _DO_NOT and (place / name).is_file()]
+        names = [each.name for each in place.iterdir() if each.suffix in _LOADED_ENDINGS]
+        names = [name for name in names if name not in _NOT_LOADED and (place / name).is_file()]
         return checksums(place, sorted(names), stop)
     if place.is_file():
         return checksums(place.parent, [place.name], stop)

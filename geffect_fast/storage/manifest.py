@@ -86,14 +86,14 @@ class Manifest:
             part.unlink(missing_ok=True)
 
 
-def note(folder: Path, *names: str) -> None:
+def add_to_manifest(folder: Path, *names: str) -> None:
     """Add new or rewritten files to the manifest of a run, where it has one."""
     manifest = Manifest.read(folder)
     if manifest is not None:
         Manifest({**manifest.files, **checksums(folder, names)}, manifest.inputs).write(folder)
 
 
-def check_file(folder: Path, name: str, advice: str = "run profile again") -> bool:
+def check_file(folder: Path, name: str, advice: str = "repeat the run") -> bool:
     """Raise `InputError` where a file of a run is not what the run wrote.
 
     Returns:
@@ -107,21 +107,29 @@ def check_file(folder: Path, name: str, advice: str = "run profile again") -> bo
     return True
 
 
-def check_sums(folder: Path, sums: Sums, advice: str) -> None:
-    """Raise `InputError` naming the first file that is missing or differs from its checksum."""
+def check_sums(folder: Path, sums: Sums, advice: str, place: str | None = None) -> None:
+    """Raise `InputError` naming the first file that is missing or differs from its checksum.
+
+    Args:
+        folder: holds the files.
+        sums: the checksums of the files.
+        advice: the remedy in messages.
+        place: what stands before a file's name in messages; None: its folder.
+    """
+    place = f"{folder}/" if place is None else place
     for name in sums:
         if not (folder / name).is_file():
-            raise InputError(f"{folder / name} is missing, and was written; {advice}")
+            raise InputError(f"{place}{name} is missing, though the run wrote it; {advice}")
     found = checksums(folder, sums)
     for name, expected in sums.items():
         if found[name]["bytes"] != expected["bytes"]:
             raise InputError(
-                f"{folder / name} is torn or was replaced: it has {found[name]['bytes']} bytes, "
+                f"{place}{name} is torn or was replaced: it has {found[name]['bytes']} bytes, "
                 f"and {expected['bytes']} were written; {advice}"
             )
         if found[name] != expected:
             raise InputError(
-                f"{folder / name} is damaged or was replaced: its checksum is not that of what was "
+                f"{place}{name} is damaged or was replaced: its checksum is not that of what was "
                 f"written; {advice}"
             )
 

@@ -23,7 +23,7 @@ from geffect_fast.storage.run_model import check_run_model
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ADAPTER_CONFIG = "adapter_config.json"
-_MOST = (
+_LARGEST_SIZES = (
     (re.compile(r"layers?$|depth$|n_layer|num_layers|num_blocks"), 10_000),
     (re.compile(r"(size|dim|embd|inner|heads|experts|units|model)$"), 2**24),
     (re.compile(r"positions?|position_embeddings$|seq_len|n_ctx"), 2**27),
@@ -135,7 +135,7 @@ def check_sizes(config: dict[str, Any], source: str | Path, what: str) -> None:
         if isinstance(value, dict):
             check_sizes(value, source, what)
         elif isinstance(value, int) and not isinstance(value, bool):
-            most = next((most for words, most in _MOST if words.search(name)), None)
+            most = next((most for words, most in _LARGEST_SIZES if words.search(name)), None)
             if most is not None and value > most:
                 raise InputError(
                     f"{what} {source}: its config.json asks for {name} = {str(value)[:20]}, more "

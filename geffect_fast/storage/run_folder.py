@@ -1,12 +1,11 @@
 """Run folders: results, the config that replays them and a report, never half-written.
 
 The module names the files of a run, tells them from files that no run made, puts a new run in the
-place of an earlier one, and reads and writes results.
+place of an earlier one, and finds and opens its result.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,20 +13,17 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from geffect_fast.data.files import check_regular
-from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.errors import InputError
 from geffect_fast.paths import is_there, short_names, user_path
-from geffect_fast.results.form import check_form, check_size
 from geffect_fast.storage.disk import (
     UNFINISHED,
-    DiskFile,
     check_usable,
     folder_for,
     set_aside,
     synced,
-    whole_file,
 )
 from geffect_fast.storage.lock import locked, restored
 from geffect_fast.storage.manifest import (
@@ -38,8 +34,9 @@ from geffect_fast.storage.manifest import (
     checksums,
     files_below,
 )
+from geffect_fast.storage.results_file import read_result, torn
 from geffect_fast.storage.run_yaml import CONFIG_BEGINS, AnyConfig, dump_config
-from geffect_fast.storage.seal import seal, seal_holds
+from geffect_fast.storage.seal import seal_holds
 from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
@@ -52,6 +49,8 @@ CONFIG = "run.yaml"
 COST = "cost.json"
 """The cost of the updates of `unlearn`: seconds, bytes of memory, and the device."""
 SUMMARY = "summary.csv"
+COMPARISON = "compare.csv"
+"""The table that `compare` writes, with a row for each run and step."""
 PLOTS = "plots"
 TOKENS = "tokens.html"
 REPORT = "report.html"
@@ -76,10 +75,6 @@ PLAIN_FILES = (
     *(f"{PLOTS}/{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")),
 )
 """Files of runs whose names do not show that a run wrote them."""
-
-_JSON_ATTRS = "json_attrs"
-
-COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
 
 Reporter = Callable[["xr.Dataset", Path], None]
 """A function that writes tables and plots of a result into a folder, for a run that is whole."""
@@ -151,7 +146,7 @@ def own_files(folder: Path) -> set[str]:
     if manifest is not None:
         names |= manifest.files.keys()
     elif _was_a_run(folder):
-        names |= {*PLAIN_FILES, "compare.csv"}
+        names |= {*PLAIN_FILES, COMPARISON}
     if (folder / STEPS).is_dir():
         found = (path.name for path in (folder / STEPS).iterdir())
         names |= {f"{STEPS}/{name}" for name in found if is_step_name(name)}
@@ -168,7 +163,7 @@ def _was_a_run(folder: Path) -> bool:
             return True
     except (OSError, ValueError):
         pass
-    if any((folder / STEPS).glob("step-*.nc")) or is_there(folder / "compare.csv"):
+    if any((folder / STEPS).glob("step-*.nc")) or is_there(folder / COMPARISON):
         return True
     try:
         with open_run(folder / RESULTS, lazy=True):
@@ -297,54 +292,9 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     Raises:
         InputError: there is no complete result, or the file is not a result of this package.
     """
-    import xarray as xr
-
-    from geffect_fast.storage.netcdf import read_dataset
-
     file = _result_of(folder)
     _check_whole(file)
-    try:
-        check_size(file)
-        dataset = read_dataset(file, decode_cf=not lazy)
-        if lazy:
-            dataset = xr.decode_cf(_with_lazy_texts(dataset))
-    except InputError:
-        raise
-    except Exception as error:  # a torn file fails in many ways, deep in HDF5
-        raise _torn(file, error) from error
-    try:
-        dataset.attrs = plain_attrs(dataset.attrs)
-        ours = {"g_effect", "risk_value", "loss"} <= set(dataset.data_vars)
-        dims = [dim for dim in dataset["g_effect"].dims if dim != "step"] if ours else []
-        ours = dims[:2] == ["objective", "risk"]
-    except (ValueError, TypeError, KeyError, RecursionError):  # from attributes of no known form
-        ours = False
-    if not ours:
-        dataset.close()
-        raise InputError(f"{file} holds no G-effect; give a file written by geffect_fast")
-    try:
-        check_form(dataset, file)
-        if lazy:
-            return dataset
-        with dataset:
-            return dataset.load()
-    except Exception as error:  # as above
-        dataset.close()
-        if isinstance(error, InputError):
-            raise
-        raise _torn(file, error) from error
-
-
-def _with_lazy_texts(raw: xr.Dataset) -> xr.Dataset:
-    """The dataset before decoding, changed so that decoding leaves its texts in the file.
-
-    By default xarray reads all texts when it decodes them, and gives each the room of the longest.
-    Texts that are dimension coordinates stay as they are.
-    """
-    for name, variable in raw.variables.items():
-        if variable.dtype == object and name not in raw.dims:
-            variable.encoding.pop("dtype", None)
-    return raw
+    return read_result(file, lazy=lazy)
 
 
 def _check_whole(file: Path) -> None:
@@ -354,10 +304,11 @@ def _check_whole(file: Path) -> None:
             return
         whole = not file.is_file() or seal_holds(file)
     except OSError as error:
-        raise _torn(file, error) from error
+        raise torn(file, error) from error
     if not whole:
         raise InputError(
-            f"{file} is damaged: its checksum is not that of what was written; run profile again"
+            f"{file} is damaged: its checksum is not that of what was written",
+            remedy="repeat the run",
         )
 
 
@@ -375,84 +326,19 @@ def _result_of(folder: str | Path) -> Path:
             check_regular(file, f"result {file}")
             return file
         if not is_there(path):
-            raise InputError(f"run folder {folder} does not exist; give a folder made by profile")
+            raise InputError(f"run folder {folder} does not exist; give a run folder")
     except OSError as error:
         raise InputError(
-            f"run folder {folder} cannot be read: {error.strerror}; give a folder made by profile"
+            f"run folder {folder} cannot be read: {error.strerror}; give a run folder"
         ) from None
     if is_there(path / EVALUATION):
         raise InputError(
             f"run folder {folder} holds measures of evaluate, and no effects; open it with "
             "geffect_fast.open_evaluation, or show it with geffect-fast show"
         )
-    torn = any(path.glob(f"{UNFINISHED}*")) or (path / CONFIG).exists()
-    reason = "its run did not finish" if torn else "it is not a run folder"
-    advice = "go on with --resume" if (path / STEPS).is_dir() else "run profile again"
+    begun = any(path.glob(f"{UNFINISHED}*")) or (path / CONFIG).exists()
+    reason = "its run did not finish" if begun else "it is not a run folder"
+    advice = "repeat the run" if begun else "give a run folder"
+    if (path / STEPS).is_dir():
+        advice = "go on with --resume"
     raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; {advice}")
-
-
-@contextmanager
-def reading(file: str | Path) -> Iterator[None]:
-    """Context for reads from a lazily opened result, where a file torn in the middle shows late.
-
-    Raises:
-        InputError: the file is torn.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _torn(file, error) from error
-
-
-def _torn(file: str | Path, error: Exception) -> InputError:
-    reason = in_one_line(error, 120)
-    return InputError(f"{file} is torn or not NetCDF ({reason}); run profile again")
-
-
-def save_result(dataset: xr.Dataset, file: Path) -> None:
-    """Write a result as a single file, which replaces an existing one.
-
-    Raises:
-        InputError: the disk refuses; an existing file is unchanged.
-    """
-    with whole_file(f"result {file}", file, "folder") as part:
-        write_dataset(dataset, part)
-
-
-def write_dataset(dataset: xr.Dataset, file: Path) -> None:
-    """Write a result as compressed, sealed NetCDF-4; raise `OSError` where the disk refuses."""
-    from geffect_fast.storage.netcdf import open_netcdf
-
-    with DiskFile(file) as disk:
-        try:
-            with open_netcdf(disk, "w") as h5:
-                store_in(h5, dataset)
-        finally:
-            disk.check()  # also where HDF5 fails because an earlier write was lost
-    seal(file)
-
-
-def store_in(h5: Any, dataset: xr.Dataset) -> None:
-    """Write a dataset into an open h5netcdf file, with compression."""
-    import xarray as xr
-
-    encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
-    _encoded(dataset).dump_to_store(xr.backends.H5NetCDFStore(h5), encoding=encoding)
-
-
-def _encoded(dataset: xr.Dataset) -> xr.Dataset:
-    """A copy of the dataset in which attributes without a NetCDF type are JSON texts."""
-    encoded = dataset.copy()
-    as_json = [k for k, v in dataset.attrs.items() if type(v) not in (str, int, float)]
-    for key in as_json:
-        encoded.attrs[key] = json.dumps(dataset.attrs[key])
-    encoded.attrs[_JSON_ATTRS] = json.dumps(as_json)
-    return encoded
-
-
-def plain_attrs(attrs: dict[Any, Any]) -> dict[Any, Any]:
-    """Attributes as they were before writing: Python numbers for numpy scalars, values for JSON."""
-    plain = {k: v.item() if hasattr(v, "item") else v for k, v in attrs.items()}
-    for key in json.loads(plain.pop(_JSON_ATTRS, "[]")):
-        plain[key] = json.loads(plain[key])
-    return plain

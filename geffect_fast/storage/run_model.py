@@ -37,13 +37,12 @@ def check_run_model(source: str | Path, what: str, *, weights: bool) -> None:
     advice = "bring it back, or move the folder out of its run to use it as it is"
     for name in sums:
         if not (folder / name).is_file():
-            raise InputError(f"{what} {source}: {name} is missing, and was written; {advice}")
+            raise InputError(
+                f"{what} {source}: {name} is missing, though the run wrote it; {advice}"
+            )
     if not weights:
         sums = {name: each for name, each in sums.items() if Path(name).suffix not in _WEIGHTS}
     try:
-        check_sums(folder, sums, advice)
-    except InputError as error:
-        said = str(error).removeprefix(f"{folder}/")
-        raise InputError(f"{what} {source}: {said}") from None
+        check_sums(folder, sums, advice, f"{what} {source}: ")
     except OSError as error:
         raise InputError(f"{what} {source} cannot be read: {error.strerror}; {advice}") from None

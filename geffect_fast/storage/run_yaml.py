@@ -20,13 +20,15 @@ from geffect_fast.visible import one_line, visible
 AnyConfig = RunConfig | EvaluateConfig | ControlConfig | RelearnConfig
 """The kinds of config that a `run.yaml` may hold."""
 
-_KINDS: dict[str, type[AnyConfig]] = {
+KINDS: dict[str, type[AnyConfig]] = {
+    "profile": ProfileConfig,
+    "sweep": ProfileConfig,
     "unlearn": UnlearnConfig,
     "evaluate": EvaluateConfig,
     "control": ControlConfig,
     "relearn": RelearnConfig,
 }
-"""Kinds of config by command; any other command has the config of a profile."""
+"""Kinds of config by the command that writes them into a `run.yaml`."""
 
 CONFIG_BEGINS = "# Replay: geffect-fast"
 """The beginning of a file that `dump_config` wrote."""
@@ -40,7 +42,7 @@ def load_config(path: str | Path) -> AnyConfig:
     """
 
     values = read_values(path)
-    kind: type[AnyConfig] = _KINDS.get(str(values.get("command")), ProfileConfig)
+    kind: type[AnyConfig] = KINDS.get(str(values.get("command")), ProfileConfig)
     return checked_config(kind, values, str(path))
 
 

@@ -12,6 +12,7 @@ from geffect_fast.errors import InterruptedRunError, UnfinishedError, reason_of
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import MANIFEST, Manifest, Sums, checksums, files_below
+from geffect_fast.storage.results_file import write_dataset
 from geffect_fast.storage.run_folder import (
     NEXT,
     RESULTS,
@@ -19,40 +20,42 @@ from geffect_fast.storage.run_folder import (
     put_in_place,
     staged_run,
     write_config,
-    write_dataset,
 )
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from geffect_fast.settings import ProfileConfig
     from geffect_fast.storage.run_folder import Reporter
+    from geffect_fast.storage.run_yaml import AnyConfig
 
 
 def save_run(
     folder: str | Path,
     dataset: xr.Dataset,
-    config: ProfileConfig,
+    config: AnyConfig,
     overwrite: bool = False,
     report: Reporter | None = None,
     inputs: Mapping[str, str | Path] | None = None,
     sums: Mapping[str, Sums] | None = None,
+    *,
+    file: str = RESULTS,
 ) -> Path:
-    """Write `results.nc`, `run.yaml` and a report into a run folder.
+    """Write a result, `run.yaml` and a report into a run folder.
 
-    `results.nc` and `run.yaml` are written in full to a hidden folder inside the run folder and
-    then renamed, `results.nc` last. So a run folder with `results.nc` has all its numbers, and an
-    earlier failure leaves the folder as it was, with the run that was to be replaced. The report is
-    added afterwards.
+    The result and `run.yaml` are written in full to a hidden folder inside the run folder and then
+    renamed, the result last. So a run folder with a result has all its numbers, and an earlier
+    failure leaves the folder as it was, with the run that was to be replaced. The report is added
+    afterwards.
 
     Args:
         folder: made where it does not exist; other files in it stay.
-        dataset: result of `geffect_fast.profile`.
+        dataset: result of `geffect_fast.profile`, `evaluate`, `control` or `relearn`.
         config: the settings that replay the run.
         overwrite: whether to replace a run that is there.
         report: adds files such as `summary.csv` and `plots/`.
         inputs: as in `check_free`.
         sums: checksums of the files that the run was made from, by option.
+        file: name of the result's file, `results.nc` or `evaluation.nc`.
 
     Returns:
         The absolute path of the folder.
@@ -63,7 +66,7 @@ def save_run(
     """
     with locked(folder) as path:
         with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
-            write_dataset(dataset, staging / RESULTS)
+            write_dataset(dataset, staging / file)
             write_config(config, staging)
         add_report(path, dataset, report)
     return path

@@ -37,6 +37,7 @@ from geffect_fast.storage.manifest import (
     checksums,
     files_below,
 )
+from geffect_fast.storage.results_file import write_dataset
 from geffect_fast.storage.run_folder import (
     CONFIG,
     LOGS,
@@ -50,7 +51,6 @@ from geffect_fast.storage.run_folder import (
     is_step_name,
     own_files,
     put_in_place,
-    write_dataset,
 )
 from geffect_fast.storage.run_yaml import dump_config, load_config
 from geffect_fast.storage.save_run import add_report
@@ -88,7 +88,9 @@ def check_start(
             be replaced.
     """
     if resume and overwrite:
-        raise InputError("--resume goes on with a run that --overwrite would remove; give one")
+        raise InputError(
+            "--resume goes on with a run that --overwrite would remove; give only one of them"
+        )
     folder = check_free(out, overwrite=True, inputs=inputs)
     if overwrite:
         check_inputs(folder, more, inputs or {})
@@ -99,7 +101,7 @@ def check_start(
         _promote(replacing, more)  # a kill came after the run was complete, before this step
     elif resume and is_there(replacing):
         return replacing
-    held = _held(folder, more)
+    held = _made_names(folder, more)
     odd = [path.name for path in (folder / STEPS).glob("*") if not is_step_name(path.name)]
     if odd and not resume:
         raise InputError(
@@ -123,7 +125,7 @@ def check_start(
 
 
 @contextmanager
-def started(out: str | Path, ranks: Ranks, check: Callable[[], Path]) -> Iterator[Path]:
+def working_folder(out: str | Path, ranks: Ranks, check: Callable[[], Path]) -> Iterator[Path]:
     """Lock a run folder on the first rank, check it there, and give all ranks the folder to use.
 
     Args:
@@ -143,7 +145,7 @@ def started(out: str | Path, ranks: Ranks, check: Callable[[], Path]) -> Iterato
 
 
 @contextmanager
-def begun(folder: Path, config: RunConfig | None, inputs: Mapping[str, Sums]) -> Iterator[None]:
+def new_run(folder: Path, config: RunConfig | None, inputs: Mapping[str, Sums]) -> Iterator[None]:
     """Write the config of a run that begins, and a manifest with its inputs, into its folder.
 
     If the block fails before there is a step, both files are removed, with logs and with folders
@@ -220,7 +222,7 @@ def check_resumed(folder: Path, inputs: Mapping[str, Sums]) -> None:
     """Raise `InputError` where the inputs of a run that is resumed have changed since it began."""
     manifest = Manifest.read(folder)
     if manifest is not None:
-        check_unchanged(_home(folder), manifest.inputs, inputs)
+        check_unchanged(_run_folder_of(folder), manifest.inputs, inputs)
 
 
 def finish(
@@ -274,10 +276,10 @@ def finish(
             _promote(folder, checkpoint_files(folder.parent))
     except OSError as error:
         raise UnfinishedError(
-            f"run folder {_home(folder)} cannot be completed: {error.strerror or error}; all steps "
-            "are kept: free some space, and go on with --resume"
+            f"run folder {_run_folder_of(folder)} cannot be completed: {error.strerror or error}",
+            remedy="all steps are kept: free some space, and go on with --resume",
         ) from error
-    add_report(_home(folder), dataset, report)
+    add_report(_run_folder_of(folder), dataset, report)
 
 
 def _promote(folder: Path, more: Collection[str]) -> None:
@@ -287,13 +289,13 @@ def _promote(folder: Path, more: Collection[str]) -> None:
     remove(folder)
 
 
-def _home(folder: Path) -> Path:
+def _run_folder_of(folder: Path) -> Path:
     """The run folder that the user gave: `folder`, or its parent where `folder` is hidden in it."""
     return folder.parent if folder.name == NEXT else folder
 
 
 @contextmanager
-def kept(folder: Path) -> Iterator[None]:
+def telling_what_is_kept(folder: Path) -> Iterator[None]:
     """Add to the error of a run that stops early which steps are kept, and how to go on.
 
     Such a run ends by Ctrl-C, by numbers that are not finite, or because another rank ended. With
@@ -311,14 +313,14 @@ def kept(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"interrupted; what was measured{_until(folder)} is kept: go on with --resume --out "
-            f"{_home(folder)} (resume=True)"
+            f"{_run_folder_of(folder)} (resume=True)"
         ) from None
     except GEffectError as error:
         until, more = _until(folder), ""
         kind = type(error)
         if isinstance(error, NonFiniteError) and folder.name == NEXT:
             remove(folder)
-            more = f"the run that was to be replaced in {_home(folder)} is as it was"
+            more = f"the run that was to be replaced in {_run_folder_of(folder)} is as it was"
         elif isinstance(error, NonFiniteError) and until:
             more = f"what was measured{until} is kept in {folder / STEPS}"
         elif kind is GEffectError and until:
@@ -336,7 +338,7 @@ def _until(folder: Path) -> str:
     return f" to step {int(done[-1].stem.removeprefix('step-'))}" if done else ""
 
 
-def _held(folder: Path, more: Collection[str]) -> list[str]:
+def _made_names(folder: Path, more: Collection[str]) -> list[str]:
     """Names of what a run made in its folder: its result first, its steps last."""
     held = held_files(folder, (*RUN_FILES, *more), own_files(folder))
     return [*held, STEPS] if is_there(folder / STEPS) else held

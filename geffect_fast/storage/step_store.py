@@ -12,7 +12,8 @@ from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.paths import user_path
 from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.storage.disk import folder_for, synced
-from geffect_fast.storage.run_folder import open_run, write_dataset
+from geffect_fast.storage.results_file import write_dataset
+from geffect_fast.storage.run_folder import open_run
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -120,9 +121,9 @@ class StepStore:
             if not self.steps:
                 raise
             raise UnfinishedError(
-                f"step {step} cannot be written to {self.folder}: {error.__cause__}; steps "
-                f"{self.steps[0]} to {self.steps[-1]} are kept: free some space, and go on with "
-                "--resume"
+                f"step {step} cannot be written to {self.folder}: {error.__cause__}",
+                remedy=f"steps {self.steps[0]} to {self.steps[-1]} are kept: free some space, and "
+                "go on with --resume",
             ) from error
 
     def read(self, step: int) -> xr.Dataset:
@@ -185,7 +186,7 @@ class StepStore:
         try:
             dataset = open_run(file)
         except InputError as error:
-            return error.args[0].removeprefix(f"{file} ").partition(";")[0]
+            return error.problem.removeprefix(f"{file} ")
         if dataset.attrs.get(IDENTITY) != self.identity:
             return "is a step of another run"
         step = int(named[1])

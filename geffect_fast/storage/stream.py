@@ -11,9 +11,10 @@ import numpy as np
 
 from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
-from geffect_fast.results.axes import PLACE
+from geffect_fast.results.axes import PARAMETER
 from geffect_fast.storage.disk import DiskFile, unwritable
-from geffect_fast.storage.run_folder import COMPRESSION, open_run, store_in
+from geffect_fast.storage.results_file import COMPRESSION, store_in
+from geffect_fast.storage.run_folder import open_run
 from geffect_fast.storage.seal import seal
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class EffectFile:
         self.file = user_path(file).absolute()
         self.dims = tuple(dims)
         self.shape = shape
-        self._has_place = len(dims) == len(shape)
+        self._has_parameters = len(dims) == len(shape)
         self._part = self.file.with_name(f".{self.file.name}.part")
         if self.file.exists():
             raise InputError(f"out: {file} exists; choose another name")
@@ -46,7 +47,7 @@ class EffectFile:
     def __enter__(self) -> EffectFile:
         from geffect_fast.storage.netcdf import open_netcdf
 
-        sizes = [n for at, n in enumerate(self.shape) if at != PLACE or self._has_place]
+        sizes = [n for at, n in enumerate(self.shape) if at != PARAMETER or self._has_parameters]
         # Effects are written one sample at a time, and sums over positions read one at a time.
         chunks = (1, 1, *sizes[2:-2], 1, sizes[-1])
         try:
@@ -72,18 +73,20 @@ class EffectFile:
         if isinstance(error, OSError):
             raise unwritable(f"out: {self.file}", "file", error) from error
 
-    # Callers index with all axes of `shape`; the stored variable may lack the axis of places.
+    # Callers index with all axes of `shape`; the stored variable may lack that of parameters.
 
     def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
         found = self._effect[self._own(index)]
-        return found if self._has_place else np.expand_dims(found, PLACE)
+        return found if self._has_parameters else np.expand_dims(found, PARAMETER)
 
     def __setitem__(self, index: tuple[Any, ...], values: np.ndarray) -> None:
-        self._effect[self._own(index)] = values if self._has_place else values.squeeze(PLACE)
+        self._effect[self._own(index)] = (
+            values if self._has_parameters else values.squeeze(PARAMETER)
+        )
         self._disk.check()
 
     def _own(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
-        return index if self._has_place else (*index[:PLACE], *index[PLACE + 1 :])
+        return index if self._has_parameters else (*index[:PARAMETER], *index[PARAMETER + 1 :])
 
     def finish(self, rest: xr.Dataset) -> xr.Dataset:
         """Write everything but `g_effect`, put the file in its place, and open it.

@@ -52,12 +52,12 @@ class TrainingCost(TrainerCallback, ExportableState):
         """Add the seconds of an update, and raise the peak where the update took more memory."""
         self.seconds += time.perf_counter() - self._begun
         on_device = args.device.type == "cuda"
-        now = torch.cuda.max_memory_allocated(args.device) if on_device else _of_process()
+        now = torch.cuda.max_memory_allocated(args.device) if on_device else _peak_of_process()
         if now is not None:
             self.peak_memory = max(now, self.peak_memory or 0)
 
 
-def _of_process() -> int | None:
+def _peak_of_process() -> int | None:
     """The most bytes that this process has had in memory; None where the system does not tell."""
     with suppress(ImportError):
         import resource

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from geffect_fast.capture.compat import is_sharded
-from geffect_fast.measure.execute import (
+from geffect_fast.measure.by_config import (
     gradient_bytes,
-    loaded,
-    machine,
+    load_by_config,
     on_threads,
     read_sources_of,
+    recorded_machine,
 )
 from geffect_fast.measure.sources import needs_of, parts_of, resolved_list
 from geffect_fast.metrics.registry import resolved_metrics
@@ -27,24 +27,20 @@ from geffect_fast.results.dataset import digests
 from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.storage.recorded_rows import check_recorded
-from geffect_fast.storage.step_folder import as_begun, check_resumed, started
+from geffect_fast.storage.step_folder import as_begun, check_resumed, working_folder
 from geffect_fast.training.adapters import with_adapter
 from geffect_fast.training.folder import carried_out, check_start
-from geffect_fast.training.run import SAME_NUMBERS, Unlearning
+from geffect_fast.training.run import SAME_NUMBERS, TRAINING_TENSORS, Unlearning
 from geffect_fast.unlearn_settings import Training, UnlearnConfig
-
-IN_TRAINING = 4
-"""Tensors of the weights' size and precision beside them: gradients, Adam's state of two, and the
-weights as they were at the last probe."""
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from geffect_fast.storage.run_folder import Reporter
-    from geffect_fast.training.watch import Told
+    from geffect_fast.training.watch import OnProbe
 
 CHOSEN = ("token_budget", "threads", "device", "dtype", "batch_size", "probe_rows", "rows")
-"""Fields that are decided when a run begins, where nobody says, and recorded in its `run.yaml`."""
+"""Fields that a run chooses when it begins, where they are not given, and records in `run.yaml`."""
 
 
 def execute_unlearn(
@@ -55,8 +51,8 @@ def execute_unlearn(
     overwrite: bool = False,
     progress: bool = False,
     report: Reporter | None = None,
-    said: Callable[[str], None] = lambda line: None,
-    told: Told | None = None,
+    on_decision: Callable[[str], None] = lambda line: None,
+    on_probe: OnProbe | None = None,
     inputs: Inputs = MappingProxyType({}),
 ) -> xr.Dataset:
     """Unlearn as a config says, and write the run folder step by step.
@@ -72,8 +68,8 @@ def execute_unlearn(
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show a bar.
         report: adds tables and plots to the folder.
-        said: called with every decision, one sentence each.
-        told: called after every probe.
+        on_decision: called with every decision, one sentence each.
+        on_probe: called after every probe.
         inputs: files that are read beside those that the config names, such as the config's own
             file, by option.
 
@@ -88,7 +84,7 @@ def execute_unlearn(
     ranks, read = here(), inputs_of(config) | dict(inputs)
     with (
         ranks.together(config.command),
-        started(out, ranks, partial(check_start, out, resume, overwrite, read)) as folder,
+        working_folder(out, ranks, partial(check_start, out, resume, overwrite, read)) as folder,
     ):
         if resume:
             begun = as_begun(config, folder, CHOSEN, SAME_NUMBERS) if ranks.first else {}
@@ -112,21 +108,29 @@ def execute_unlearn(
                 holdout=config.holdout,
                 retain_model=config.retain_model,
             )
-            said(run.rows.sentence(run.sets))
+            on_decision(run.rows.sentence(run.sets))
             rows = digests(run.sets)
             check_recorded(config.rows, rows, folder if resume else None)
             if ranks.first:
                 check_replayed(inputs.get("--config"), config, sums)
             chosen: dict[str, Any] = {
                 "token_budget": run.profiler.token_budget,
-                **machine(n_threads, device, model),
+                **recorded_machine(n_threads, device, model),
                 "rows": rows,
                 "batch_size": run.training.batch_size,
                 "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
             }
             settled = config.model_copy(update=chosen)
-            how: dict[str, Any] = {"progress": progress, "told": told}
-            return carried_out(run, folder, settled, sums, report, resume=resume, **how)
+            return carried_out(
+                run,
+                folder,
+                settled,
+                sums,
+                report,
+                resume=resume,
+                progress=progress,
+                on_probe=on_probe,
+            )
 
 
 def _models(
@@ -145,10 +149,11 @@ def _models(
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         compares = needs_of(parts_of(resolved_list(config.measured))) & REFERENCE_NEEDS
         reference = weights if compares else 0
-        return gradient_bytes(model, n_risks) + IN_TRAINING * trained + reference
+        kept = (TRAINING_TENSORS + 1) * trained  # also the weights as they were at the last probe
+        return gradient_bytes(model, n_risks) + kept + reference
 
     def adapted(model: nn.Module) -> nn.Module:
         return model if training.lora_rank is None else with_adapter(model, training)
 
-    model = loaded(config.model, config, device, beside, adapted)
+    model = load_by_config(config.model, config, device, beside, adapted)
     return model, config.reference or (config.model if is_sharded(model) else None)

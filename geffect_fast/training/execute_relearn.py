@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from geffect_fast.measure.evaluation_run import check_out, evaluation_folder, read_sets
-from geffect_fast.measure.execute import loaded
+from geffect_fast.measure.by_config import load_by_config
+from geffect_fast.measure.evaluation_run import check_out, evaluation_folder, read_sets_of
 from geffect_fast.measure.models import resolve_device
 from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.relearn_settings import RelearnConfig, Relearning
@@ -59,7 +59,7 @@ def execute_relearn(
     check_out(config, out, overwrite, inputs)
     device = resolve_device(config.device)
     sources = {"forget": config.forget, "holdout": config.holdout}
-    sets, tokenizer = read_sets(config, sources, config.model, "model", progress and ranks.first)
+    sets, tokenizer = read_sets_of(config, sources, config.model, "model", progress and ranks.first)
     settings = Relearning(**config.fields(Relearning))
     relearner = Relearner(tokenizer, settings, sets["forget"], sets["holdout"], config.retrained)
     where: dict[str, Any] = {}
@@ -67,10 +67,10 @@ def execute_relearn(
 
         def load(name: str, source: str) -> nn.Module:
             what = f"{name} model"
-            model: nn.Module = loaded(source, config, device, relearner.beside, what=what)
+            model: nn.Module = load_by_config(source, config, device, relearner.beside, what=what)
             where.update(where or folder.machine(device, model))
             return model
 
-        dataset = relearner.of(models, load, recorded=config.rows, progress=progress)
+        dataset = relearner.run(models, load, recorded=config.rows, progress=progress)
         folder.save(dataset, where, relearner.token_budget, relearner.rows)
     return dataset

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from geffect_fast.storage.manifest import Sums
     from geffect_fast.storage.run_folder import Reporter
     from geffect_fast.training.run import Unlearning
+    from geffect_fast.training.watch import OnProbe
 
 MODEL = "model"
 
@@ -78,29 +79,30 @@ def carried_out(
     report: Reporter | None,
     *,
     resume: bool,
-    **how: Any,
+    progress: bool,
+    on_probe: OnProbe | None = None,
 ) -> xr.Dataset:
     """Train, and complete the run's folder, which the first rank writes.
 
     Args:
         run: the prepared run.
         folder: folder of the run.
-        config, sums: config and input sums of a run that begins, as `step_folder.begun` takes
+        config, sums: config and input sums of a run that begins, as `step_folder.new_run` takes
             them.
         report: writes tables and plots.
         resume: whether the run is resumed.
-        how: further arguments of `Unlearning.train`.
+        progress, on_probe: as `Unlearning.train` takes them.
 
     Raises:
         The errors of `geffect_fast.unlearn`.
     """
     if not run.ranks.first:
-        return run.train(folder, **how)
+        return run.train(folder, progress=progress, on_probe=on_probe)
     with (
-        nullcontext() if resume else step_folder.begun(folder, config, sums),
-        step_folder.kept(folder),
+        nullcontext() if resume else step_folder.new_run(folder, config, sums),
+        step_folder.telling_what_is_kept(folder),
     ):
-        dataset = run.train(folder, **how)
+        dataset = run.train(folder, progress=progress, on_probe=on_probe)
         _finish(folder, dataset, run, report)
     return dataset
 

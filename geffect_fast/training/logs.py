@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 ELSEWHERE = "TENSORBOARD_LOGGING_DIR"
-"""Where it is set, transformers writes there."""
+"""Environment variable that names another folder, to which transformers then writes."""
 
 
 def check_reporters(names: Iterable[str]) -> None:
     """Raise `InputError`, with its name, for a reporter that transformers cannot report to."""
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            advice = nearest(name, tuple(sorted(INTEGRATION_TO_CALLBACK)))
+            advice = nearest(name, sorted(INTEGRATION_TO_CALLBACK))
             raise InputError(f"report_to: unknown '{name}'; {advice}")
         if name == "tensorboard" and importlib.util.find_spec(name) is None:
             raise InputError(
@@ -75,8 +75,8 @@ def logged(folder: Path | None, trainer: Trainer, done: int | None) -> Iterator[
         yield
     except OSError as error:  # everything else that writes raises an error of its own
         raise UnfinishedError(
-            f"logs of report_to cannot be written: {error.strerror or error}; free some space and "
-            "go on with --resume, or with --resume --report-to none"
+            f"logs of report_to cannot be written: {error.strerror or error}",
+            remedy="free some space and go on with --resume, or with --resume --report-to none",
         ) from error
     finally:
         for writer in writers:

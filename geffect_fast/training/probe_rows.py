@@ -14,15 +14,15 @@ from geffect_fast.objectives import GA, Objective
 from geffect_fast.settings import Measuring
 
 SHARE = 0.85
-"""Of a training step, what a probe may cost by the count; copies of the weights and writing the
-result, which are not counted, take the rest (benchmarks/bench_probe.py)."""
+"""Part of a training step that a probe may cost by the count. Copies of the weights and the writing
+of the result, which are not counted, take the rest (benchmarks/bench_probe.py)."""
 
 WEIGHT_PASS = 300
-"""Forward passes over one token in whose time the parameters are read and multiplied once more:
-whole gradients, their products, copies. Measured (benchmarks/bench_probe.py)."""
+"""Forward passes over one token that take as long as the work on whole parameters for one gradient:
+forming it, products and copies. Measured (benchmarks/bench_probe.py)."""
 
 SIMPLEST = (GA(),)
-"""Under what a training step is cheapest."""
+"""The objectives with which a training step is cheapest."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,12 @@ from transformers import TrainerCallback
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import check_finite, check_is_model, is_sharded
+from geffect_fast.capture.compat import (
+    check_finite,
+    check_is_model,
+    is_sharded,
+    table_of_positions,
+)
 from geffect_fast.capture.parts import mesh_of
 from geffect_fast.capture.shards import at_work
 from geffect_fast.data import SampleSet, read_rows, tokenize_rows
@@ -34,17 +39,16 @@ from geffect_fast.errors import (
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluator import Evaluator, Model
 from geffect_fast.measure.models import load_model, load_parts, quiet_transformers
-from geffect_fast.measure.parts import put_back
-from geffect_fast.measure.prepare import table_of_positions
+from geffect_fast.measure.shared_out import put_back
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.objectives import resolve
-from geffect_fast.ranks import on_all_ranks
+from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.loss import Draws, Loss
-from geffect_fast.training.run import check_steps_parts, only_weights_change
+from geffect_fast.training.run import TRAINING_TENSORS, check_steps_parts, only_weights_change
 from geffect_fast.training.single_process import single_process
 from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import refused, training_arguments
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 LEARNING = resolve("-ga")
-"""The mean loss of the forget rows' answers: what unlearning by ascent climbs is descended."""
+"""The objective of relearning: descent on the mean loss of the forget rows' answers."""
 
 
 @with_settings(Relearning)
@@ -131,7 +135,7 @@ def relearn(
         return source if is_sharded(source) else copy.deepcopy(source)
 
     relearner = Relearner(tokenizer, checked, forget, holdout, retrained)
-    return relearner.of(named, load, progress=progress)
+    return relearner.run(named, load, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,7 @@ class Relearner:
             }
         return {name: _Part([given[i] for i in rows], rows) for name, rows in parts.items()}
 
-    def of(
+    def run(
         self,
         models: Mapping[str, Any],
         load: Callable[[str, Any], nn.Module],
@@ -266,14 +270,16 @@ class Relearner:
         """
         import xarray as xr
 
-        found = []
-        for name, each in models.items():
+        def relearned(name: str, each: Any) -> xr.Dataset:
+            """The measures of one model, which is freed at the end of this call."""
             model = load(name, each)
             with put_back(model) if model is each else nullcontext():
-                found.append(self._trained(name, model, recorded or {}, progress))
-            in_parts = is_sharded(model)
-            del model  # before the next one is loaded
-            if in_parts:
+                return self._trained(name, model, recorded or {}, progress)
+
+        found = []
+        for name, each in models.items():
+            found.append(relearned(name, each))
+            if here().size > 1:
                 gc.collect()  # FSDP's modules hold each other
         along = xr.DataArray(list(models), dims="model", name="model")
         own = {*Relearning.model_fields} - {*Evaluating.model_fields} | {"max_length"}
@@ -299,7 +305,8 @@ class Relearner:
             metric.name == "privleak" or "retain_model" in metric.wants()
             for metric in self._metrics
         )
-        return max(3 * trained, compared * sum(p.nbytes for p in model.parameters()))
+        whole = sum(p.nbytes for p in model.parameters())
+        return max(TRAINING_TENSORS * trained, compared * whole)
 
     def _trained(
         self, name: str, model: nn.Module, recorded: Mapping[str, str], progress: bool
@@ -313,18 +320,7 @@ class Relearner:
             raise InputError(f"{what}: none of its parameters can be trained (requires_grad)")
         model.eval()
         device = next(model.parameters()).device
-        training = Training(
-            steps=settings.steps,
-            learning_rate=settings.learning_rate,
-            scheduler=_scheduler(settings),
-            warmup_steps=settings.warmup_steps,
-            optimizer=settings.optimizer,
-            seed=settings.seed,
-            trainer={
-                "weight_decay": settings.weight_decay,
-                "max_grad_norm": settings.max_grad_norm or 0.0,
-            },
-        )
+        training = _training(settings)
         with single_process(device):
             training_arguments(training, ".", device)  # only to check them
         in_parts = is_sharded(model)
@@ -379,7 +375,7 @@ class Relearner:
                     loss=loss,
                     draws=Draws(sizes, settings.steps, settings.seed),
                     reference=None,
-                    callbacks=[_Looks(look)],
+                    callbacks=[_StepCallback(look)],
                     ranks=ranks,
                     shards=plan.shards,
                 )
@@ -393,11 +389,10 @@ class Relearner:
             except NonFiniteError as error:
                 if error.told:
                     raise
-                said = str(error).partition(";")[0]
-                if not said.startswith("step "):
-                    said = f"step {trainer.state.global_step}: {said}"
+                step = trainer.state.global_step if error.step is None else error.step
                 raise NonFiniteError(
-                    f"{what}, {said}; try a smaller --learning-rate, or --dtype float32"
+                    f"{what}, step {step}: {error.problem}",
+                    remedy="try a smaller --learning-rate, or --dtype float32",
                 ) from error
         along = xr.DataArray(list(measures), dims="step", name="step")
         return xr.concat(list(measures.values()), along, combine_attrs="override")
@@ -439,13 +434,25 @@ class Relearner:
         return xr.merge([values, rows]).assign_attrs(found[0].attrs)
 
 
-def _scheduler(settings: Relearning) -> str:
-    """The schedule's name in transformers, whose schedule `constant` has no warm-up."""
+def _training(settings: Relearning) -> Training:
+    """The settings of the Trainer for a relearning."""
     warm = settings.lr_schedule == "constant" and settings.warmup_steps
-    return "constant_with_warmup" if warm else settings.lr_schedule
+    return Training(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        # The schedule `constant` of transformers has no warm-up.
+        scheduler="constant_with_warmup" if warm else settings.lr_schedule,
+        warmup_steps=settings.warmup_steps,
+        optimizer=settings.optimizer,
+        seed=settings.seed,
+        trainer={
+            "weight_decay": settings.weight_decay,
+            "max_grad_norm": settings.max_grad_norm or 0.0,
+        },
+    )
 
 
-class _Looks(TrainerCallback):
+class _StepCallback(TrainerCallback):
     """A callback that calls `look` before the first update and after every update."""
 
     def __init__(self, look: Callable[[int], None]) -> None:

@@ -20,13 +20,13 @@ from geffect_fast.storage.manifest import check_sums, checksums, files_below
 from geffect_fast.storage.seal import read_sealed, write_sealed
 
 MARK = "geffect_fast.json"
-"""In a checkpoint of ours, written last: which run and step it is of."""
+"""File that marks a checkpoint of ours and names its run and step; it is written last."""
 
 RULE_STATE = "update_rule.pt"
-"""In a checkpoint: what an update rule other than the plain gradient goes on from."""
+"""File of a checkpoint with the state of an update rule other than the plain gradient."""
 
 _STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-"""Without one of these transformers goes on too, to other numbers."""
+"""Files of a checkpoint without which transformers would resume too, but to other numbers."""
 
 
 def saving_folder(run: Path) -> Path:
@@ -84,7 +84,7 @@ def check_whole(folder: Path) -> None:
         check_sums(folder, mark["files"], advice)
     for name in _STATE:
         if not (folder / name).is_file():
-            raise InputError(f"{folder / name} is missing, and was written; {advice}")
+            raise InputError(f"{folder / name} is missing, though the run wrote it; {advice}")
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

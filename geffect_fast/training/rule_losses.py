@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from geffect_fast.training.trainer import UnlearnTrainer
 
 
-def protected_part(rule: UpdateRule, objective: Objective) -> tuple[Objective, ...]:
+def protected_part(rule: UpdateRule, objective: Objective) -> Objective | None:
     """The part whose retain gradient a rule protects where the objective has no retain part: nll.
 
-    The tuple is empty where the rule reads no retain rows, or the objective has a retain part.
+    None where the rule reads no retain rows, or the objective has a retain part.
 
     Raises:
         InputError: the rule needs a retain part in the objective and there is none, or the retain
@@ -42,7 +42,7 @@ def protected_part(rule: UpdateRule, objective: Objective) -> tuple[Objective, .
             f"update {rule}: the retain parts of '{objective}' read different sequences of a row; "
             "give one of them"
         )
-    return (NLL(),) if rule.reads_retain and not retain else ()
+    return NLL() if rule.reads_retain and not retain else None
 
 
 def updater_of(training: Training, model: nn.Module) -> Updater | None:
@@ -78,8 +78,7 @@ class RuleLosses:
         model: the model as the Trainer calls it.
         rows: rows of the update.
         loss: the loss that the training descends on, with the present token budget.
-        protected: retain objectives outside the loss, where the rule needs a retain loss and
-            the loss has none.
+        protected: the retain loss outside `loss`, where the rule needs one and `loss` has none.
         told_apart: whether the rule compares single retain rows. The retain rows are then cut into
             as few batches as the token budget allows, since some modules need a single batch.
     """
@@ -90,7 +89,7 @@ class RuleLosses:
         model: nn.Module,
         rows: RowNumbers,
         loss: Loss,
-        protected: Sequence[Objective],
+        protected: Objective | None,
         *,
         told_apart: bool,
     ) -> None:
@@ -100,8 +99,8 @@ class RuleLosses:
         self._forget = [each for each in loss.passes(rows) if each.on == "forget"]
         self._retain = [each for each in self._retain_loss.passes(rows) if each.on == "retain"]
         self.retain_weight = 1.0 if self._retain else 0.0
-        if protected:
-            self._retain_loss = replace(self._retain_loss, objective=protected[0])
+        if protected is not None:
+            self._retain_loss = replace(self._retain_loss, objective=protected)
             self._retain = self._retain_loss.passes({"retain": rows["retain"]})
 
     @property
@@ -165,7 +164,7 @@ class RuleLosses:
                 yield
 
         axis = sample_axis(self._model, moved)
-        return RetainBatch(axis, batch.total_tokens, losses, around)
+        return RetainBatch(axis, batch.total_tokens, losses, around, (losses.__code__, *parts))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar to `.grad`.

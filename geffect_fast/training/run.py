@@ -39,17 +39,19 @@ from geffect_fast.unlearn_settings import Training
 if TYPE_CHECKING:
     import xarray as xr
 
-    from geffect_fast.training.watch import Told
+    from geffect_fast.training.watch import OnProbe
 
 ROWS_AN_UPDATE = 32
-"""Forget rows an update reads where nobody says."""
+"""Forget rows that an update reads where no batch size is given."""
 
 SAME_NUMBERS = {"save_every", "keep_checkpoints", "report_to", "shard"}
 """Fields of an unlearning config that change no number of a run."""
 
-
 IN_PARTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
-"""Optimizers that step each element of a weight by itself, as transformers calls them."""
+"""Optimizers, by their names in transformers, that step each element of a weight by itself."""
+
+TRAINING_TENSORS = 3
+"""Tensors as large as a trained weight beside the weight: its gradient and Adam's two states."""
 
 
 class Unlearning:
@@ -171,7 +173,7 @@ class Unlearning:
         folder: Path | None,
         *,
         progress: bool = False,
-        told: Told | None = None,
+        on_probe: OnProbe | None = None,
     ) -> xr.Dataset:
         """Train from the last complete checkpoint in the folder, or from the beginning.
 
@@ -179,7 +181,7 @@ class Unlearning:
             folder: folder of the run, which the first rank writes and all ranks see; None: results
                 stay in memory, and nothing can be resumed.
             progress: show a bar.
-            told: called after every probe.
+            on_probe: called after every probe.
 
         Returns:
             All probes along the axis `step`.
@@ -245,7 +247,7 @@ class Unlearning:
                             removes=ranks.first,
                             save_every=training.save_every or training.probe_every,
                             keep=training.keep_checkpoints,
-                            told=told or (lambda step, dataset: None),
+                            on_probe=on_probe or (lambda step, dataset: None),
                             tick=lambda step: show(completed=step),
                         ),
                     ],
@@ -295,18 +297,19 @@ class Unlearning:
             with quiet_transformers():
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except NonFiniteError as error:
-            said = str(error)
-            if error.told or said.startswith("step "):
+            if error.told or error.step is not None:
                 raise
             raise NonFiniteError(
-                f"step {trainer.state.global_step}: {said.partition(';')[0]}; the training made it "
-                "so: try a smaller --learning-rate, or --dtype float32"
+                error.problem,
+                remedy="the training made it so: try a smaller --learning-rate, or --dtype float32",
+                step=trainer.state.global_step,
             ) from error
 
     def _trained_on(self, objective: Objective) -> list[Objective]:
         """The parts that an update reads rows for: those of the objective and of its rule."""
-        protected = () if self._updater is None else protected_part(self._updater.rule, objective)
-        return [*parts_of([objective]), *protected]
+        parts = parts_of([objective])
+        protected = self._updater and protected_part(self._updater.rule, objective)
+        return [*parts, protected] if protected else parts
 
     def _rows_an_update(self, trained: Sequence[Objective]) -> dict[str, int]:
         """Number of rows of each data set that an update reads."""

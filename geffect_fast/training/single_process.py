@@ -21,10 +21,10 @@ _OF_LAUNCHERS = (
     *("LOCAL_RANK", "WORLD_SIZE"),
     *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
 )
-"""Of the environment: by these accelerate knows that it is one of several processes."""
+"""Environment variables that tell accelerate that it is one of several processes."""
 
 _DEVICE = "ACCELERATE_TORCH_DEVICE"
-"""Likewise: the device it takes, else the first of them."""
+"""Environment variable with the device that accelerate takes; unset, it takes the first one."""
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

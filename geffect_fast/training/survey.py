@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import nn
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
-from geffect_fast.measure.execute import gradient_bytes, loaded
+from geffect_fast.measure.by_config import gradient_bytes, load_by_config
 from geffect_fast.measure.execute_evaluation import Evaluated, execute_evaluation, models_of
 from geffect_fast.measure.models import load_model
 from geffect_fast.measure.profile import profile
@@ -25,6 +24,7 @@ from geffect_fast.measure.sources import Sources, read_sources, resolved_list
 from geffect_fast.objectives import parse
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.ranks import here, on_all_ranks
+from geffect_fast.registry import nearest
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.settings import Reading
 from geffect_fast.storage.inputs import Inputs
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     import xarray as xr
 
 RELEARNED = ("probability", "extraction_strength")
-"""What is measured of the rows while they are learned again."""
+"""Metrics of the rows that are measured while a model learns them again."""
 
 
 @dataclass(frozen=True)
-class Made:
+class SourceRun:
     """The run of `unlearn` that made a model.
 
     Attributes:
@@ -55,7 +55,7 @@ class Made:
     cost: Mapping[str, Any] | None
 
 
-def made_by(source: str) -> Made | None:
+def source_run(source: str) -> SourceRun | None:
     """The run of `unlearn` in whose folder a model lies; None for any other model.
 
     Raises:
@@ -73,7 +73,7 @@ def made_by(source: str) -> Made | None:
     if model.name == "model" and is_there(run / COST):
         check_file(run, COST, "put back what was there")
         cost = json.loads((run / COST).read_text(encoding="utf-8"))
-    return Made(config, cost)
+    return SourceRun(config, cost)
 
 
 class Survey:
@@ -93,8 +93,8 @@ class Survey:
         self, config: EvaluateConfig, models: Mapping[str | int, str], progress: bool = False
     ) -> None:
         self._config, self._models, self._progress = config, models, progress
-        self._made = {place: made_by(source) for place, source in models.items()}
-        runs = [made.config for made in self._made.values() if made is not None]
+        self._runs = {place: source_run(source) for place, source in models.items()}
+        runs = [run.config for run in self._runs.values() if run is not None]
         originals = list(dict.fromkeys(run.model for run in runs))
         self.original = config.original or (originals[0] if len(originals) == 1 else None)
         named = [*(run.objective for run in runs), *config.objectives]
@@ -108,10 +108,8 @@ class Survey:
             )
         for name in config.relearn:
             if name not in _ASKED:
-                close = difflib.get_close_matches(name, _ASKED, n=1)
-                advice = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(_ASKED)}"
-                raise InputError(f"relearn: unknown setting '{name}'; {advice}")
-        self._relearning = self._settings(None)
+                raise InputError(f"relearn: unknown setting '{name}'; {nearest(name, _ASKED)}")
+        self._settings(None)  # refuses wrong settings
 
     def added(self, dataset: xr.Dataset, evaluated: Evaluated) -> xr.Dataset:
         """The measures of an evaluation, with those that the survey asks for beside them.
@@ -127,7 +125,7 @@ class Survey:
             dataset = dataset.expand_dims({evaluated.dimension: list(evaluated.models)})
         dimension, notes = evaluated.dimension, []
         places = list(evaluated.models)
-        costs = [made.cost if made is not None else None for made in self._made.values()]
+        costs = [run.cost if run is not None else None for run in self._runs.values()]
         known = {
             name: [np.nan if cost is None or cost[name] is None else cost[name] for cost in costs]
             for name in ("seconds", "peak_memory")
@@ -135,11 +133,11 @@ class Survey:
         unknown = (p for p, cost in zip(places, costs, strict=True) if cost is None)
         if lost := [str(p) for p in unknown if self._models[p] != self.original]:
             notes.append(
-                f"Time and peak memory are known of models in the folders of unlearn alone, and so "
-                f"not of {', '.join(lost)}."
+                "Time and peak memory are known only of models in folders of unlearn, so not of "
+                f"{', '.join(lost)}."
             )
         if any(cost is not None and cost["device"] == "cpu" for cost in costs):
-            notes.append("On a CPU the peak is that of the whole process.")
+            notes.append("On a CPU the peak memory is that of the whole process.")
         ranks = here()
         touched, why = ranks.first_of(self._touched(evaluated) if ranks.first else ([], []))
         dataset = dataset.assign(
@@ -147,12 +145,13 @@ class Survey:
             peak_memory=(dimension, known["peak_memory"]),
             touched=(dimension, touched),
         )
-        dataset = dataset.assign(self._relearned(evaluated)).assign_coords(
+        relearned, relearning = self._relearned(evaluated)
+        dataset = dataset.assign(relearned).assign_coords(
             trained_on=(
                 dimension,
                 [
-                    "" if made is None else self._called[parse(made.config.objective)]
-                    for made in self._made.values()
+                    "" if run is None else self._called[parse(run.config.objective)]
+                    for run in self._runs.values()
                 ],
             )
         )
@@ -163,7 +162,7 @@ class Survey:
             original_place=next(
                 (str(p) for p, s in self._models.items() if s == self.original), ""
             ),
-            relearning=json.dumps(self._relearning.model_dump(mode="json", include={*_ASKED})),
+            relearning=json.dumps(relearning.model_dump(mode="json", include={*_ASKED})),
         )
 
     def _settings(self, forget_rows: int | None) -> Relearning:
@@ -187,8 +186,7 @@ class Survey:
         """The part of the original's elements that differ, for each model, and notes on it."""
         if self.original is None:
             return [np.nan] * len(evaluated.models), [
-                "What was touched, and e_u and e_r, are known beside the model before unlearning "
-                "alone (--original)."
+                "The changed part, e_u and e_r need the model before unlearning (--original)."
             ]
         shares, said = [], []
         original = self._load(self.original, "original")
@@ -197,26 +195,26 @@ class Survey:
             shares.append(share)
             if np.isnan(share):
                 said.append(
-                    f"{place} has other parameters than the original, so that none are "
-                    "told as touched."
+                    f"{place} has other parameters than the original, so the changed part is not "
+                    "known."
                 )
             if adapted:
                 said.append(
-                    f"{place} is an adapter: touched are its own elements, beside those of "
+                    f"{place} is an adapter: its own elements are counted, relative to those of "
                     "the model."
                 )
         return shares, said
 
-    def _relearned(self, evaluated: Evaluated) -> dict[str, xr.DataArray]:
-        """Relearn with each model, and return the measures step by step."""
+    def _relearned(self, evaluated: Evaluated) -> tuple[dict[str, xr.DataArray], Relearning]:
+        """Relearn with each model; return the measures step by step, and the settings."""
         forget = evaluated.sets["forget"]
-        self._relearning = settings = self._settings(len(forget)).model_copy(
+        settings = self._settings(len(forget)).model_copy(
             update={"token_budget": evaluated.token_budget}
         )
         relearner = Relearner(evaluated.tokenizer, settings, forget)
-        found = relearner.of(
+        found = relearner.run(
             {str(place): source for place, source in evaluated.models.items()},
-            lambda place, source: loaded(
+            lambda place, source: load_by_config(
                 source,
                 self._config,
                 evaluated.device,
@@ -236,7 +234,8 @@ class Survey:
         renamed = renamed.drop_vars(
             ["statistic", "sample", "sample_set", "question"], errors="ignore"
         )
-        return {name.replace("value", "relearned"): renamed[name] for name in renamed}
+        measures = {name.replace("value", "relearned"): renamed[name] for name in renamed}
+        return measures, settings
 
     def _effects(self, evaluated: Evaluated) -> dict[str, Any]:
         """`e_u` and `e_r` of the objectives at the original, with bounds.
@@ -248,7 +247,7 @@ class Survey:
         if self.original is None or not self.objectives:
             return {}
         names = ("forget", "retain")
-        original = loaded(
+        original = load_by_config(
             self.original,
             self._config,
             evaluated.device,
@@ -282,7 +281,7 @@ class Survey:
 _OWN = {name: Relearning.model_fields[name].default for name in ("n_rows", "measure_every")}
 
 _ASKED = sorted({*Relearning.model_fields} - {*Evaluating.model_fields} | {"max_length"})
-"""Settings of the relearning that can be chosen."""
+"""Settings of the relearning that can be given (`--relearn`)."""
 
 
 def part_touched(original: nn.Module, unlearned: nn.Module) -> tuple[float, bool]:

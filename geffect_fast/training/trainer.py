@@ -119,8 +119,10 @@ class UnlearnTrainer(Trainer):
             total = self._update(model, inputs)
         if not isfinite(total):
             raise NonFiniteError(
-                f"step {self.state.global_step + 1}: the loss of {self.loss.objective} is {total}; "
-                "try a smaller --learning-rate, --trainer max_grad_norm=1, or --dtype float32"
+                f"the loss of {self.loss.objective} is {total}",
+                remedy="try a smaller --learning-rate, --trainer max_grad_norm=1, or --dtype "
+                "float32",
+                step=self.state.global_step + 1,
             )
         return torch.tensor(total, device=self.args.device)
 
@@ -285,11 +287,11 @@ class UnlearnTrainer(Trainer):
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """Make the Trainer's optimizer; where ranks share out the model, it saves whole states."""
-        if self.shards is None or self.optimizer is not None:
-            return super().create_optimizer(*args)
+        is_new = self.optimizer is None
         made = super().create_optimizer(*args)
-        made.register_state_dict_post_hook(self._whole_state)
-        made.register_load_state_dict_pre_hook(_own_state)
+        if is_new and self.shards is not None:
+            made.register_state_dict_post_hook(self._whole_state)
+            made.register_load_state_dict_pre_hook(_own_state)
         return made
 
     def _whole_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -339,8 +341,8 @@ class UnlearnTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:  # each may mean a full disk
             reason = getattr(error, "strerror", None) or error
             raise UnfinishedError(
-                f"checkpoint of step {step} in {run} cannot be written: {reason}; free some space "
-                "and go on with --resume"
+                f"checkpoint of step {step} in {run} cannot be written: {reason}",
+                remedy="free some space and go on with --resume",
             ) from error
         finally:
             self._saved, self._saves = None, False

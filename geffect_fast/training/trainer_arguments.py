@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.measure.models import quiet_transformers
+from geffect_fast.registry import nearest
 from geffect_fast.training.logs import check_reporters
 from geffect_fast.training.single_process import current
 from geffect_fast.unlearn_settings import Training
@@ -43,7 +43,7 @@ OF_CONFIG = {
     "resume_from_checkpoint": "--resume",
     "report_to": "--report-to",
 }
-"""Fields of TrainingArguments that a field of ours decides, and its option."""
+"""Fields of TrainingArguments that an option decides, with this option."""
 
 _Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -69,8 +69,9 @@ SERVED: dict[str, Any] = {
     "logging_first_step": bool,
     "run_name": str | None,
 }
-"""Fields of TrainingArguments that may be given, and what they may hold. Others would change what
-is trained (noise, samplers, other kernels) or saved, or do nothing here (evaluation, workers)."""
+"""Fields of TrainingArguments that may be given, with the types of their values. Other fields would
+change the training (noise, samplers, other kernels) or what is saved, or would do nothing here
+(evaluation, workers)."""
 
 
 def training_arguments(
@@ -175,6 +176,5 @@ def _known(what: str, value: str, names: list[str], advised: list[str] | None = 
     if value in names:
         return
     names = advised or names
-    close = difflib.get_close_matches(value, names, n=1)
-    advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names[:12])} ..."
+    advice = nearest(value, names, f"choose from {', '.join(names[:12])} ...")
     raise InputError(f"{what}: unknown '{value}'; {advice}")

@@ -17,7 +17,7 @@ from geffect_fast.objectives import Objective
 from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import input_sums, weights_sums
-from geffect_fast.storage.step_folder import check_resumed, started
+from geffect_fast.storage.step_folder import check_resumed, working_folder
 from geffect_fast.training.folder import carried_out, check_start
 from geffect_fast.training.run import Unlearning
 from geffect_fast.unlearn_settings import Training, UnlearnSettings
@@ -114,7 +114,7 @@ def unlearn(
     given = {"forget": forget, "retain": retain, "refusals": refusals, **(probes or {})}
     given |= {"reference_model": reference_model, "holdout": holdout, "retain_model": retain_model}
     read = {name: source for name, source in given.items() if isinstance(source, str | Path)}
-    with started(out, ranks, partial(check_start, out, resume, overwrite, read)) as folder:
+    with working_folder(out, ranks, partial(check_start, out, resume, overwrite, read)) as folder:
         models = {"model": model, "reference_model": reference_model, "retain_model": retain_model}
         weights = {}
         for name, each in models.items():

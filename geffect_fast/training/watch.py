@@ -1,4 +1,4 @@
-"""A callback for the updates of an unlearning run: progress, told probes and checkpoints."""
+"""A callback for the updates of an unlearning run: progress, probes and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from geffect_fast.training.resume import checkpoints
 if TYPE_CHECKING:
     import xarray as xr
 
-Told = Callable[[int, "xr.Dataset"], None]
-"""Told of the step and the result of a probe."""
+OnProbe = Callable[[int, "xr.Dataset"], None]
+"""A function that is called with the step and the result of a probe."""
 
 
 class Watch(TrainerCallback):
@@ -31,7 +31,7 @@ class Watch(TrainerCallback):
         removes: whether this process removes checkpoints; one of several ranks does.
         save_every: updates between two checkpoints.
         keep: whether earlier checkpoints stay.
-        told: called with the step and the result of every probe.
+        on_probe: called with the step and the result of every probe.
         tick: called with the number of updates that are done.
     """
 
@@ -43,14 +43,14 @@ class Watch(TrainerCallback):
         save_every: int,
         keep: bool,
         removes: bool,
-        told: Told,
+        on_probe: OnProbe,
         tick: Callable[[int], Any],
     ) -> None:
         self._probe = probe
         self._folder = folder
         self._save_every = save_every
-        self._goes = removes and not keep
-        self._told = told
+        self._removes = removes and not keep
+        self._on_probe = on_probe
         self._tick = tick
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove earlier checkpoints, now that the new one is complete."""
-        if self._folder is not None and self._goes:
+        if self._folder is not None and self._removes:
             for step, folder in checkpoints(self._folder, self._probe.store.identity).items():
                 if step < state.global_step:
                     remove(folder)
@@ -74,4 +74,4 @@ class Watch(TrainerCallback):
     def _look(self, step: int) -> None:
         self._tick(step)
         if self._probe.latest is not None and self._probe.latest[0] == step:
-            self._told(*self._probe.latest)
+            self._on_probe(*self._probe.latest)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from geffect_fast.updates.step import Step
 
 Need = Literal["retain", "retain_rows", "retain_part", "optimizer", "full_precision"]
-"""What a rule needs beside the gradient of the forget part.
+"""A need of a rule beside the gradient of the forget part.
 
     retain          the gradient of the retain rows together
     retain_rows     inner products of the gradients of single retain rows

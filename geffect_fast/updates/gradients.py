@@ -14,12 +14,12 @@ from geffect_fast.capture.parts import sum_over_parts
 Gradients = dict[str, Tensor]
 """A gradient by parameter name; a parameter that is missing takes no part, as one without `.grad`.
 
-Of a model that FSDP2 shares out they are `DTensor`s, of which each rank holds its part: sums and
-products entry by entry are of the parts, and `gram` adds up over them.
+For a model that FSDP2 shares out the tensors are `DTensor`s, of which each rank holds its part.
+Sums and products entry by entry are those of the parts, and `gram` adds up over the parts.
 """
 
 Move = tuple[float, Gradients]
-"""How often a gradient is added."""
+"""A move of weights: a gradient, and the factor with which it is added."""
 
 
 def gram(gradients: Sequence[Gradients]) -> Tensor:

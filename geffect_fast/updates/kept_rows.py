@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from geffect_fast.capture import Lookup, Outer, RowSum
 from geffect_fast.errors import InputError
 from geffect_fast.transfer import OnItsWay, on_device
 
-T = TypeVar("T")
-
 KeptFactor = Outer | Lookup | RowSum
-"""Factors that are nothing but tensors."""
+"""Factors that hold nothing but tensors, so that they can be kept."""
 
 
 class KeptRows:
@@ -40,7 +38,7 @@ class KeptRows:
         self._counted: set[tuple[int, int]] = set()
         self._elsewhere: _Elsewhere | None = None
         self._last: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
-        self._read: dict[str, dict[int, list[Callable[[], KeptFactor]]]] = {}
+        self._read: dict[str, dict[int, list[KeptFactor | Callable[[], KeptFactor]]]] = {}
         self._size: dict[tuple[str, int], int] = {}
 
     def keep(self, name: str, batch: int, factors: Sequence[KeptFactor]) -> None:
@@ -59,7 +57,7 @@ class KeptRows:
             if self._held + size <= self._room:
                 self._held += size
                 self._counted |= new.keys()
-                read.append(partial(_same, factor))
+                read.append(factor)
             else:
                 away += sum(x.nbytes for x in found)
                 read.append(self._put_elsewhere(factor))
@@ -81,8 +79,8 @@ class KeptRows:
                 self._last[key] = before = x, self._elsewhere.put(x)
             waiting[key] = before[1]
         others: dict[str, Any] = {key: x for key, x in values.items() if key not in waiting}
-        make: Callable[..., KeptFactor] = partial(type(factor), **others)
-        return lambda: make(**{key: read() for key, read in waiting.items()})
+        kind: Callable[..., KeptFactor] = type(factor)
+        return lambda: kind(**others, **{key: read() for key, read in waiting.items()})
 
     def names(self) -> list[str]:
         """The names of the parameters."""
@@ -116,7 +114,8 @@ class KeptRows:
             batches = batches[len(group) :]
 
     def _factors(self, name: str, batch: int) -> list[KeptFactor]:
-        return [read() for read in self._read[name][batch]]
+        found = self._read[name][batch]
+        return [each if isinstance(each, KeptFactor) else each() for each in found]
 
 
 class _OnHost:
@@ -145,8 +144,8 @@ class _InFile:
             self._file.flush()
         except OSError as error:
             raise InputError(
-                f"update {self._rule}: what is kept of the retain rows has no place among the "
-                f"temporary files: {error.strerror}; give fewer retain rows an update "
+                f"update {self._rule}: the inputs and gradients kept of the retain rows do not fit "
+                f"in temporary files: {error.strerror}; use fewer retain rows per update "
                 "(--retain-batch-size), more room, or a larger disk in TMPDIR"
             ) from error
         read = partial(self._read, self._file, self._end, x.shape, x.dtype)
@@ -172,7 +171,3 @@ def _are_one(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors that both exist are the same memory, read the same way."""
     same = (x.data_ptr(), x.shape, x.dtype) == (y.data_ptr(), y.shape, y.dtype)
     return same and x.stride() == y.stride()
-
-
-def _same(x: T) -> T:
-    return x

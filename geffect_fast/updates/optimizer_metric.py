@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.errors import InputError
+from geffect_fast.optimizers.rules import adam_scale
 from geffect_fast.optimizers.state import held_by, inside, kind_of
 
 _ADAM = ("adam", "adamw")
@@ -45,5 +46,4 @@ def metric(optimizer: Any, p: nn.Parameter) -> Tensor | None:
         return None
     group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
     squares = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    correction = 1.0 - group["betas"][1] ** float(state["step"])
-    return 1.0 / ((squares / correction).sqrt() + group["eps"])
+    return adam_scale(squares.clone(), float(state["step"]), group)

@@ -49,7 +49,7 @@ def available() -> tuple[str, ...]:
     return UPDATE_RULES.available()
 
 
-_KIND = Kind("update", "an UpdateRule", "orthograd", UPDATE_RULES.lookup)
+_KIND = Kind(UpdateRule, "orthograd", UPDATE_RULES.lookup)
 
 
 def parse(text: str | UpdateRule) -> UpdateRule:

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 _JOINED = Recording(joined=True, one_backward=True)
 _MATRICES = 5
-"""Matrices of the Gram's size at once: it, its correlations, and what their decomposition takes."""
+"""Matrices of the Gram matrix's size that exist at once: the Gram matrix, its cosines, and the
+memory of their decomposition."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ class _Sums:
         ends = list(accumulate(batch.n_rows for batch in batches))
         self._rows = [slice(end - b.n_rows, end) for end, b in zip(ends, batches, strict=True)]
         n, first = sum(batch.n_rows for batch in batches), next(iter(plan.parameters.values()))
-        check_rows(n, first.device, rule)
+        check_rows(n, plan.device, rule)
         self._rounding = n * torch.finfo(accumulation_dtype(first.dtype)).eps
-        self._numbers = torch.zeros(n, n + 2, dtype=torch.float64, device=first.device)
+        self._numbers = torch.zeros(n, n + 2, dtype=torch.float64, device=plan.device)
         self._gram, self._products = self._numbers[:, :n], self._numbers[:, n]
         self._losses = self._numbers[:, n + 1]
         self._direction = {
@@ -163,7 +164,9 @@ class _Sums:
                 self._kept.keep(name, at, tensors)
 
         with batch.around():
-            losses = record_rows(self._plan, batch.losses, batch, batch.axis, take, _JOINED)
+            losses = record_rows(
+                self._plan, batch.losses, batch, batch.axis, take, _JOINED, batch.key
+            )
             with self._plan.generic_at_hand():
                 # All ranks go in one order: their rows are the same, and so are the names of their
                 # factors.
@@ -201,7 +204,8 @@ class _Sums:
             bad = finite.index(False)
             raise NonFiniteError(
                 f"update {self._rule}: products with the gradient of retain row {bad} of the "
-                "update are not finite; try a smaller learning rate, or fp32"
+                "update are not finite",
+                remedy="try a smaller learning rate, or fp32",
             )
         upper = self._gram.triu()
         gram = upper + upper.triu(1).T
@@ -219,6 +223,6 @@ def check_rows(n: int, device: torch.device, rule: str) -> None:
     if needed > free:
         raise InputError(
             f"update {rule}: the inner products of {n:,} retain rows take "
-            f"{needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; give fewer retain rows "
-            "an update (--retain-batch-size)"
+            f"{needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; use fewer retain rows "
+            "per update (--retain-batch-size)"
         )

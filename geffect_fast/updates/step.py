@@ -5,7 +5,7 @@ A rule knows nothing of batches, Trainers or accumulation: `Losses` hides them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,12 +35,15 @@ class RetainBatch:
         losses: called with the model and this batch; runs the model and returns `(n_rows,)` losses,
             whose sum over all batches is the retain loss.
         around: gives a context to enter around a forward and its backward.
+        key: what to tell `losses` of several batches apart by, in all that is not data; None: the
+            code and the values that `losses` holds.
     """
 
     axis: Segments
     n_tokens: int
     losses: LossFn
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    key: Hashable = None
 
     @property
     def n_rows(self) -> int:
@@ -224,7 +227,7 @@ class Step:
                     add_weighted_sum(factor, weights[batch], p.grad)
 
     def metric(self, name: str) -> Tensor | None:
-        """`1 / (sqrt(v) + eps)` of Adam for a parameter; None where steps go along gradients."""
+        """`1 / (sqrt(v_hat) + eps)` of Adam for a parameter; None: steps go along gradients."""
         self._has("optimizer")
         return metric(self._optimizer, self._plan.at_rest[name])
 
@@ -253,12 +256,11 @@ class Step:
 
 
 def _random_state(plan: Plan) -> list[Tensor]:
-    device = next(iter(plan.parameters.values())).device
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    on_device = [torch.cuda.get_rng_state(plan.device)] if plan.device.type == "cuda" else []
     return [torch.get_rng_state(), *on_device]
 
 
 def _set_random_state(plan: Plan, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], next(iter(plan.parameters.values())).device)
+        torch.cuda.set_rng_state(states[1], plan.device)

@@ -102,8 +102,8 @@ class Updater:
         known = {id(p) for p in parameters.values()}
         if {id(p) for p in self.model.parameters() if p.requires_grad} != known:
             raise InputError(
-                f"update {rule}: other parameters ask for gradients than when the rule was given "
-                "the model; freeze what is to be frozen before"
+                f"update {rule}: the trainable parameters changed since the rule was given the "
+                "model; freeze parameters before that"
             )
         for name, p in parameters.items():
             if p.grad is not None and bool(own_part(p.grad).any()):

@@ -238,6 +238,6 @@ CASES = [
         "open_run of nothing",
         lambda _: gf.open_run("gone"),
         "run folder gone does not exist",
-        "give a folder",
+        "give a run folder",
     ),
 ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 Break = Callable[[Path, object], object]
-"""Breaks something in a folder, or in what is imported with the help of `pytest.MonkeyPatch`."""
+"""A function that breaks something in a folder, or in a module by `pytest.MonkeyPatch`."""
 
 
 @dataclass(frozen=True)

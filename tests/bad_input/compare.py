@@ -66,13 +66,15 @@ CASES = [
         "a run without steps", ["compare", "a", "plain"], "plain has no steps",
         "runs of unlearn or of profile --checkpoints", both(A, plain),
     ),
-    Case("no such run to compare", ["compare", "a", "b"], "b does not exist", "give a folder", A),
     Case(
-        "half a run to compare", ["compare", "a", "b"], "holds no results.nc", "again",
+        "no such run to compare", ["compare", "a", "b"], "b does not exist", "give a run folder", A
+    ),
+    Case(
+        "half a run to compare", ["compare", "a", "b"], "holds no results.nc", "repeat the run",
         both(A, holds("b/run.yaml", "")),
     ),
     Case(
-        "a torn run to compare", WORKS, "b/results.nc is torn", "again",
+        "a torn run to compare", WORKS, "b/results.nc is torn", "repeat the run",
         both(AB, cut("b/results.nc", 3000)),
     ),
     Case(

@@ -125,7 +125,7 @@ CASES = [
     Case(
         "a task twice",
         evaluate("--lm-eval-tasks", "arc_easy,arc_easy"),
-        "arc_easy is listed twice",
+        "'arc_easy' is listed twice",
         "leave one out",
     ),
     Case(
@@ -301,8 +301,8 @@ CASES = [
         holds("plain.txt", "one text alone\n"),
     ),
     # ---- models ----
-    Case("no model", evaluate(models=None), "models", "give --models or --run"),
-    Case("models and a run", evaluate("--run", "model"), "both are given", "leave one out"),
+    Case("no model", evaluate(models=None), "models", "give exactly one of --models, --run"),
+    Case("models and a run", evaluate("--run", "model"), "models", "give exactly one of --models"),
     Case("a model twice", evaluate("model"), "listed twice", "leave one out"),
     Case("the second model is not there", evaluate("nowhere"), "model nowhere", "no such folder"),
     Case(
@@ -421,7 +421,7 @@ CASES = [
         "measures that are none against effects",
         lambda _here: gf.against_effects(["a", "b"], "model"),
         "holds no evaluation.nc",
-        "made by evaluate",
+        "made by evaluate, control or relearn",
     ),
     # ---- saved logs ----
     Case(
@@ -472,14 +472,14 @@ CASES = [
     Case(
         "a config of evaluate for profile",
         ["profile", "--config", "e.yaml", "--out", "run"],
-        "is of an evaluate",
+        "is of a run of evaluate",
         "geffect-fast evaluate",
         holds("e.yaml", "command: evaluate\n"),
     ),
     Case(
         "a config of profile for evaluate",
         ["evaluate", "--config", "p.yaml", "--out", "run"],
-        "is of a profile",
+        "is of a run of profile",
         "geffect-fast profile",
         holds("p.yaml", "command: profile\n"),
     ),
@@ -494,6 +494,6 @@ CASES = [
         "no folder of measures",
         lambda _here: gf.open_evaluation("model"),
         "holds no evaluation.nc",
-        "made by evaluate",
+        "made by evaluate, control or relearn",
     ),
 ]

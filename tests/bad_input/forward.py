@@ -12,6 +12,7 @@ import torch
 from bad_input.case import Case, patched, profile
 from bad_input.data import call
 from bad_input.models import MLP
+from engines.small_models import Halve
 
 from geffect_fast.objectives import Objective
 
@@ -26,18 +27,6 @@ def grouped(*groups: str, resolve: str = "group,sample", **changes: str) -> list
 
 def in_python(groups, resolve=("group", "sample")):
     return call(groups=groups, resolve=resolve)
-
-
-class Halve(torch.autograd.Function):
-    """An operation with a backward, and without a derivative in forward mode."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x / 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad / 2
 
 
 def without_jvp(self, x):
@@ -95,8 +84,8 @@ CASES = [
     Case(
         "groups upside down",
         grouped("first=0", "last=2-1"),
-        "'last' has blocks '2-1', upside down",
-        "write it again",
+        "'last' has blocks '2-1', and 2-1 ends before it begins",
+        "write the smaller number first",
     ),
     Case("an empty group", grouped("first=,"), "'first' is empty", "the model has blocks 0 to 2"),
     Case("a group of no blocks", grouped("first="), "--group 'first='", "must be NAME=BLOCKS"),
@@ -163,31 +152,31 @@ CASES = [
         "parameters by the forward engine",
         profile(resolve="parameter,sample", engine="forward"),
         "resolve by 'parameter' needs the reverse engine",
-        "leave one of them out",
+        "use engine='reverse' or 'auto'",
     ),
     Case(
         "parameters by the forward engine, as resolve is by default",
         profile(engine="forward"),
         "resolve by 'parameter' needs the reverse engine",
-        "leave one of them out",
+        "use engine='reverse' or 'auto'",
     ),
     Case(
         "positions by the forward engine",
         profile(resolve="sample,position", engine="forward"),
         "resolve by 'position' needs the reverse engine",
-        "leave one of them out",
+        "use engine='reverse' or 'auto'",
     ),
     Case(
         "norms by the forward engine",
         [*profile(resolve="sample", engine="forward"), "--norms"],
         "norms=True (--norms) needs the reverse engine",
-        "leave one of them out",
+        "use engine='reverse' or 'auto'",
     ),
     Case(
         "tokens by the reverse engine",
         profile(resolve="sample,token", engine="reverse"),
         "resolve by 'token' needs the forward engine",
-        "leave one of them out",
+        "use engine='forward' or 'auto'",
     ),
     Case(
         "tokens and parameters",
@@ -225,7 +214,7 @@ CASES = [
     Case(
         "code that drops tangents",
         profile(resolve="sample", engine="forward"),
-        "gate_proj.weight': forward mode gives 0 of its derivative",
+        "gate_proj.weight': forward mode gives 0 times the derivative",
         "use engine='reverse'",
         patched(MLP, silent),
     ),

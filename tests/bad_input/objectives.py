@@ -18,7 +18,7 @@ CASES = [
     Case(
         "a trainer of open-unlearning that is none",
         of("open_unlearning.NPOO"),
-        "no objective is that of open-unlearning's trainer 'NPOO'",
+        "there is no objective for a trainer 'NPOO' of open-unlearning",
         "did you mean 'NPO'?",
     ),
     Case(
@@ -62,11 +62,11 @@ CASES = [
     Case("coefficient out of range", of("1e308*10*ga"), "coefficient", "out of range (character 1"),
     Case("a product of objectives", of("ga*nll"), "unexpected 'nll'", "expected"),
     Case("a number alone", of("2"), "end of the string", "expected '*'"),
-    Case("objective twice", of("ga,ga"), "objective ga is listed twice", "leave one out"),
+    Case("objective twice", of("ga,ga"), "'ga' is listed twice", "leave one out"),
     Case(
         "twice in other words",
         of("npo,npo(beta=0.1)"),
-        "npo(beta=0.1) is listed twice",
+        "'npo(beta=0.1)' is listed twice",
         "leave one",
     ),
     Case("no objective", of(""), "objective string '' is empty", "write a name such as 'ga'"),

@@ -59,7 +59,7 @@ CASES = [
     Case(
         "several objectives and one sign",
         profile(metric="lion", objectives="ga,wga(alpha=1)"),
-        "metric lion: its sign is of one gradient",
+        "metric lion: it takes the sign of one gradient",
         "--step-of",
     ),
     Case(
@@ -133,7 +133,12 @@ CASES = [
         "resolve",
         "give 'parameter' or 'group'",
     ),
-    Case("no such GPU", profile(device="cuda:9"), "device cuda:9 is not here", "use --device cpu"),
+    Case(
+        "no such GPU",
+        profile(device="cuda:9"),
+        "device cuda:9 does not exist on this machine",
+        "use --device cpu",
+    ),
     Case("no such GPU to check", check("--device", "cuda:9"), "device cuda:9", "use --device cpu"),
     Case(
         "a device of no kind",

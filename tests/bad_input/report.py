@@ -33,7 +33,7 @@ def asked(*words: str) -> list[str]:
 CASES = [
     Case("a report of nothing", asked(), "Missing argument", "report --help"),
     Case(
-        "a report of no run", asked("gone"), "run folder gone does not exist", "give a folder made"
+        "a report of no run", asked("gone"), "run folder gone does not exist", "give a run folder"
     ),
     Case(
         "a report of a folder that is no run",
@@ -45,7 +45,7 @@ CASES = [
         "a report of a torn result",
         asked("run"),
         "run/results.nc is torn",
-        "run profile again",
+        "repeat the run",
         both(a_run, cut("run/results.nc", 900)),
     ),
     Case(
@@ -66,7 +66,7 @@ CASES = [
         "a report of torn measures",
         asked("run"),
         "run is torn or not NetCDF",
-        "run evaluate again",
+        "repeat the run",
         both(measures_in("run"), cut("run/evaluation.nc", 900)),
     ),
     Case(
@@ -154,10 +154,16 @@ CASES = [
         with_b(n_forget=3),
     ),
     Case(
+        "a report into a folder of a name that no folder has",
+        asked("x" * 300),
+        "report /",
+        "cannot be written: File name too long",
+    ),
+    Case(
         "a run of a name that no folder has",
         asked("a", "x" * 300, "--out", "page.html"),
         "File name too long",
-        "give a folder",
+        "give a run folder",
         AB,
     ),
     Case("a page of no results", lambda _: gf.write_page({}, "page.html"), "no run", "give one"),

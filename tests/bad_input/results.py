@@ -71,28 +71,28 @@ ODD = {
 
 CASES = [
     *(
-        Case(f"a result with {name}", ["show", "run"], says, "profile again", changed(by))
+        Case(f"a result with {name}", ["show", "run"], says, "repeat the run", changed(by))
         for name, (by, says) in ODD.items()
     ),
     Case(
         "a report of a result without a risk",
         ["report", "run"],
         "no risk 'retain'",
-        "profile again",
+        "repeat the run",
         changed(ODD["no retain risk"][0]),
     ),
     Case(
         "an export of a result without samples",
         ["export", "run", "--to", "t.csv"],
         "axis 'sample' is empty",
-        "profile again",
+        "repeat the run",
         changed(ODD["no samples"][0]),
     ),
     Case(
         "a changed result from Python",
         lambda here: open_run(here / "run"),
         "no coordinate 'block'",
-        "profile again",
+        "repeat the run",
         changed(ODD["no blocks"][0]),
     ),
     *(
@@ -100,7 +100,7 @@ CASES = [
             f"{words[0]} of steps that nothing was measured between",
             words,
             "no variable 'measured_change'",
-            "profile again",
+            "repeat the run",
             steps(lambda d: d.drop_vars("measured_change")),
         )
         for words in (["show", "run"], ["compare", "run", "one"], ["report", "run"])
@@ -110,7 +110,7 @@ CASES = [
             f"{name} of a few KB that claim 8 GiB",
             run,
             "it claims to hold 8.1 GiB, in a file of",
-            "profile again",
+            "repeat the run",
             both(a_run, gone("run/manifest.json"), claims_much),
         )
         for name, run in (

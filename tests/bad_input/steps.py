@@ -268,7 +268,7 @@ CASES = [
         "going on with a run and replacing it",
         checkpoints("--resume", "--overwrite"),
         "--resume goes on with a run that --overwrite would remove",
-        "give one",
+        "give only one of them",
         half_done,
     ),
     Case(
@@ -379,7 +379,7 @@ CASES = [
         RESUMED,
         "interrupted; what was measured to step 5 is kept",
         "go on with --resume --out",
-        both(half_done, patched("geffect_fast.steps.probe.Probe.at", KeyboardInterrupt())),
+        both(half_done, patched("geffect_fast.steps.probe.Probe.measure_at", KeyboardInterrupt())),
         code=130,
     ),
     Case(

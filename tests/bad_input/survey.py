@@ -67,7 +67,7 @@ CASES = [
     Case(
         "an objective of the survey twice",
         survey("--objectives", "npo,npo(beta=0.1)", original="model"),
-        "--objectives: objective npo(beta=0.1) is listed twice",
+        "--objectives: 'npo(beta=0.1)' is listed twice",
         "leave one out",
     ),
     Case(

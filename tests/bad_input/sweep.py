@@ -89,14 +89,14 @@ CASES = [
     Case(
         "a sweep's config to profile",
         profile(objectives=None, config="my.yaml"),
-        "config my.yaml is of a sweep",
+        "config my.yaml is of a run of sweep",
         "use geffect-fast sweep --config my.yaml",
         holds("my.yaml", json.dumps({"command": "sweep", "objectives": ["wga(1:2:2)"]})),
     ),
     Case(
         "a training's config to sweep",
         [*sweep(), "--config", "my.yaml"],
-        "config my.yaml is of an unlearn",
+        "config my.yaml is of a run of unlearn",
         "use geffect-fast unlearn --config my.yaml",
         holds("my.yaml", json.dumps({"command": "unlearn", "steps": 2})),
     ),

@@ -44,8 +44,8 @@ CASES = [
         "--resolve sample,token",
         changed(lambda _: make_dataset(resolve=("sample", "position"))),
     ),
-    Case("tokens of no run", asked(), "run folder run does not exist", "give a folder made by"),
-    Case("tokens of a file", ["tokens", "forget.jsonl"], "forget.jsonl is torn", "run profile"),
+    Case("tokens of no run", asked(), "run folder run does not exist", "give a run folder"),
+    Case("tokens of a file", ["tokens", "forget.jsonl"], "forget.jsonl is torn", "repeat the run"),
     Case(
         "tokens under an objective misspelt",
         asked("--objective", "wgaa"),

@@ -117,13 +117,13 @@ CASES = [
     Case(
         "the objective twice",
         unlearn(objectives="ga"),
-        "--objectives: 'ga' is trained on",
+        "--objectives: 'ga' is the objective to train on",
         "leave it out",
     ),
     Case(
         "the objective twice, written otherwise",
         unlearn(objective="npo(beta=0.1)", objectives="npo"),
-        "is trained on",
+        "is the objective to train on",
         "leave it out",
     ),
     Case(
@@ -375,7 +375,7 @@ CASES = [
         "more retain rows than memory for their products",
         unlearn(update="orthograd"),
         "the inner products of 4 retain rows take",
-        "give fewer retain rows",
+        "use fewer retain rows",
         patched("geffect_fast.updates.retain_rows.free_memory", lambda device: 100),
     ),
     # ---- adapters ----
@@ -426,7 +426,10 @@ CASES = [
         "leave out --resume",
     ),
     Case(
-        "resume and overwrite", unlearn("--resume", "--overwrite"), "--resume goes on", "give one"
+        "resume and overwrite",
+        unlearn("--resume", "--overwrite"),
+        "--resume goes on",
+        "give only one",
     ),
     Case(
         "resume of a run that is complete",
@@ -462,7 +465,7 @@ CASES = [
     Case(
         "resume of a profile",
         unlearn("--resume"),
-        "of a profile",
+        "is of a run of profile",
         "profile --config",
         holds(
             "run/run.yaml",
@@ -473,7 +476,7 @@ CASES = [
     Case(
         "a config of a profile",
         ["unlearn", "--config", "run.yaml", "--out", "run", "--objective", "ga", "--steps", "2"],
-        "is of a profile",
+        "is of a run of profile",
         "use geffect-fast profile",
         holds(
             "run.yaml",

@@ -235,7 +235,7 @@ CASES = [
         "--resolve sample,token",
         run_of(lambda d: d.sum("token")),
     ),
-    Case("weights of no run", weights(), "run folder run does not exist", "made by profile"),
+    Case("weights of no run", weights(), "run folder run does not exist", "give a run folder"),
     Case(
         "the file is there",
         weights(out="retain.jsonl"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import build, samples
 from torch import Tensor, nn
 
 import geffect_fast as gf
 from geffect_fast.capture import Explicit, Plan, Recorder, Segments
+from geffect_fast.capture.generic_rule import _in_groups
 from geffect_fast.capture.products import inner
 from geffect_fast.capture.segments import Rows
 
@@ -120,6 +123,53 @@ def test_samples_equal_plain_autograd():
     for i in range(N):
         (grad,) = torch.autograd.grad((model(x[i : i + 1]) ** 2).sum(), [model.scaled.w])
         torch.testing.assert_close(found[:, i], directions @ grad, rtol=1e-10, atol=1e-12)
+
+
+class Chain(nn.Module):
+    """`tanh(x * w)` over and over, without a module for each weight; and a table in the end."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.steps = nn.ParameterList(torch.randn(D) for _ in range(depth))
+        self.table = nn.Parameter(torch.randn(D, 9 * D))
+
+    def forward(self, x):
+        for w in self.steps:
+            x = torch.tanh(x * w)
+        return x @ self.table
+
+
+def test_small_parameters_of_a_module_share_their_backwards(monkeypatch):
+    """One backward for all of them and each sample; gradients that wait are no more than one of the
+    module's own, whatever the number of samples."""
+    torch.manual_seed(0)
+    model, x = Chain(7).double().eval(), torch.randn(N, T, D, dtype=torch.float64)
+    asked = []
+    grad = torch.autograd.grad
+
+    def counted(outputs, inputs, *args, **kwargs):
+        asked.append(sum(leaf.numel() for leaf in inputs))
+        return grad(outputs, inputs, *args, **kwargs)
+
+    def loss_fn(m, batch):
+        return (m(batch) ** 2).sum((1, 2))
+
+    gf.functional.per_sample_grad_norms(model, loss_fn, x)  # shows that rows belong to samples
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    found = gf.functional.per_sample_grad_norms(model, loss_fn, x)
+    monkeypatch.undo()
+    assert asked[1:] == [7 * D] * N + [9 * D * D] * N
+    for i in range(N):
+        own = torch.autograd.grad(loss_fn(model, x[i : i + 1]).sum(), list(model.parameters()))
+        assert found[i] == pytest.approx(float(torch.cat([g.flatten() for g in own]).norm()))
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(1, 6))
+def test_groups_of_parameters_take_no_more_memory_than_the_module(sizes, n):
+    groups = _in_groups(sizes, n)
+    assert sorted(k for group in groups for k in group) == list(range(len(sizes)))
+    assert all(len(g) == 1 or n * sum(sizes[k] for k in g) <= sum(sizes) for g in groups)
+    assert n > 1 or len(groups) == 1
 
 
 def test_half_precision_keeps_wide_directions():

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from geffect_fast.data import json_files, read_refusals, read_rows, write_jsonl
-from geffect_fast.data.containers import rows_of
+from geffect_fast.data.containers import open_rows
 from geffect_fast.data.files import HEAD
 from geffect_fast.errors import InputError
 
@@ -173,7 +173,7 @@ def test_a_list_read_in_chunks_is_the_list(tmp_path, monkeypatch, seed):
     rows = [values(rng) for _ in range(rng.randrange(12))]
     text = json.dumps(rows, indent=rng.choice([None, 1]), ensure_ascii=rng.random() < 0.5)
     (tmp_path / "rows.json").write_text(f" {text}\n", encoding="utf-8")
-    _, found = rows_of(tmp_path / "rows.json", "forget", "json")
+    _, found = open_rows(tmp_path / "rows.json", "forget", "json")
     assert [row for _, row in found] == rows
 
 
@@ -189,7 +189,7 @@ def test_damage_in_a_list_read_in_chunks_is_where_json_says(tmp_path, monkeypatc
         expected = json.loads(text)
     except json.JSONDecodeError as error:
         expected = error
-    _, found = rows_of(tmp_path / "rows.json", "forget", "json")
+    _, found = open_rows(tmp_path / "rows.json", "forget", "json")
     if isinstance(expected, list):
         assert [row for _, row in found] == expected
         return
@@ -217,7 +217,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, content):
     (tmp_path / "rows").write_bytes(content())  # 16 MB when unpacked
     tracemalloc.start()
     try:
-        _, found = rows_of(tmp_path / "rows", "forget")
+        _, found = open_rows(tmp_path / "rows", "forget")
         n_rows = sum(1 for _ in found)
         _, peak = tracemalloc.get_traced_memory()
     finally:

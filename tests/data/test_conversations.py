@@ -16,7 +16,7 @@ GENERATION = (
     "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>"
     "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-"""Says itself which tokens are the assistant's."""
+"""A template that marks the assistant's tokens itself."""
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|system|>You help.<|end|>\n{% endif %}"
@@ -35,7 +35,7 @@ LLAMA_3 = (
     "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}<eos>{% else %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
 )
-"""Ends calls of tools by another token than answers."""
+"""A template that ends tool calls by another token than answers."""
 TEMPLATES = {"chatml": CHATML, "llama 2": LLAMA_2, "llama 3": LLAMA_3, "generation": GENERATION}
 
 WORDS = ["Mara", "Lund", "lives", "in Paris", "é🦜", "Question:", "  two", "@@answer@@", "<end>"]
@@ -261,8 +261,8 @@ REASONS = (
         (CHATML.replace("{% if add_generation_prompt %}<|assistant|>{% endif %}", ""), WITH_TOOLS,
          r"\(where a call of a tool begins in it cannot be told\)"),
         (CHATML + "{{ messages[-1].content }}", OPENAI, r"\(it shows an answer twice\)"),
-        (None, WITH_TOOLS, r"holds turns other than .* give a tokenizer that has one \(--tokenize"),
-        (None, [*OPENAI[:3], *OPENAI[2:]], "holds turns other than a system's, and a user's and "),
+        (None, WITH_TOOLS, r"has turns other than .* give a tokenizer that has one \(--tokenize"),
+        (None, [*OPENAI[:3], *OPENAI[2:]], "turns other than an optional system turn and "),
     ],
 )  # fmt: skip
 def test_what_cannot_be_told_is_refused(tokenizer, template, turns, message):

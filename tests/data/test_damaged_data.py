@@ -226,7 +226,7 @@ CASES = {
     ),
     "a picture in a turn": (
         "rows.jsonl", turns(USER | {"content": [{"type": "image_url", "image_url": {}}]}, SHE),
-        "line 1 of '{}', turn 0 of 'messages' holds more than text; give a model of text its text",
+        "line 1 of '{}', turn 0 of 'messages' holds parts other than text; keep the text alone",
     ),
     "nobody answers": (
         "rows.jsonl", turns(USER), "line 1 of '{}': 'messages' has no turn of the assistant's to l",

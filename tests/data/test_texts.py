@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from geffect_fast.data import IGNORE, make_batches, read_rows, tokenize_choices, tokenize_rows
+from geffect_fast.data.samples import check_positions, check_vocabulary
 from geffect_fast.errors import InputError
 
 TEXT = "  Mara Lund lives in Paris.\n\nJonas Ek lives in Pisa, né à Porto 🦜; Ida Brun too. " * 7
@@ -51,7 +52,19 @@ def test_windows_of_several_texts_are_rows_of_the_set(plain_tokenizer):
     assert n_first > 2 and samples[n_first].window_of == (1, 0)
     assert [s.row for s in samples] == [s.data_row for s in samples] == list(range(len(samples)))
     assert samples[1].fields == rows[0] and samples[-1].fields == rows[1]
-    assert samples[1].place("retain") == "retain: row 0 (counting from 0), window 1,"
+    assert samples[1].place("retain") == "retain: row 0 (counting from 0), window 1"
+
+
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [(check_vocabulary, "its answer holds token id"), (check_positions, "its answer sequence has")],
+)
+def test_errors_name_the_window(plain_tokenizer, check, said):
+    rows = read_rows([TEXT], name="retain")
+    found = tokenize_rows(rows, plain_tokenizer, name="retain", max_length=50)
+    with pytest.raises(InputError) as refused:
+        check(found, 1)
+    assert f"retain: row 0 (counting from 0), window 0: {said}" in str(refused.value)
 
 
 def test_windows_without_a_length(plain_tokenizer):

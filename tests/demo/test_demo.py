@@ -38,7 +38,7 @@ TINY = Size(
 
 UNLEARNED = {"ga": "ga", "npo": "npo(beta=0.1)"}
 RANGES = ("ga", "wga(alpha=0.1:7:3)", "npo(beta=0.01:4:3,log)")
-"""Fewer than `make demo` has."""
+"""Fewer ranges than those of `make demo`."""
 
 
 @pytest.fixture(scope="module")

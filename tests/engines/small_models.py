@@ -1,4 +1,4 @@
-"""Models that cannot be packed, or whose tokens cannot be told apart by sample."""
+"""Models that cannot be packed, or whose tokens cannot be told apart by sample, and their parts."""
 
 from __future__ import annotations
 
@@ -86,6 +86,18 @@ class Dropping(Routed):
     def __init__(self, d=8):
         super().__init__(d)
         self.experts = Capped(d)
+
+
+class Halve(torch.autograd.Function):
+    """An operation with a backward and without `jvp`, as most are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x / 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
 
 
 class Answer:

@@ -152,7 +152,7 @@ def exact_or_refused(model, rows):
 
 SIZES = [(4, 4), (8, 8), (3, 5), (2, 14)]
 BY_SIZE = ("encoder", "token first", "token first where square", "token first where long")
-"""What looks at its sizes: torch's encoder chooses a way, too."""
+"""Models that look at their sizes: torch's encoder, too, chooses a way by them."""
 
 
 @pytest.mark.slow

@@ -116,19 +116,21 @@ def test_else_the_cheaper_one_is_taken_and_reverse_where_they_cost_the_same(
     [
         (
             {"asked": "forward", "axes": ("parameter",)},
-            "engine: resolve by 'parameter' needs the reverse engine; leave one of them out",
+            "engine: resolve by 'parameter' needs the reverse engine; use engine='reverse' or "
+            "'auto'",
         ),
         (
             {"asked": "forward", "axes": ("sample", "position"), "norms": True},
-            "engine: resolve by 'position' needs the reverse engine; leave one of them out",
+            "engine: resolve by 'position' needs the reverse engine; use engine='reverse' or "
+            "'auto'",
         ),
         (
             {"asked": "forward", "norms": True},
-            "engine: norms=True (--norms) needs the reverse engine; leave one of them out",
+            "engine: norms=True (--norms) needs the reverse engine; use engine='reverse' or 'auto'",
         ),
         (
             {"asked": "reverse", "axes": ("sample", "token")},
-            "engine: resolve by 'token' needs the forward engine; leave one of them out",
+            "engine: resolve by 'token' needs the forward engine; use engine='forward' or 'auto'",
         ),
         (
             {"axes": ("parameter", "sample", "token")},

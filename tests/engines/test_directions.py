@@ -114,7 +114,7 @@ def test_the_reference_is_computed_once_and_its_model_released():
     assert gone() is None
     for batch, logprob in zip(wanted[0].batches, expected, strict=True):
         own = model_outputs(model, batch)
-        outputs = reference.outputs(wanted[0], batch, batch, own)
+        outputs = reference.outputs(wanted[0], batch, own)
         assert torch.equal(outputs.token_logprob, logprob)
         assert not outputs.token_logprob.requires_grad
 
@@ -127,7 +127,7 @@ def test_kl_keeps_the_model_and_takes_its_logits():
     assert reference.model is other
     for batch in wanted[0].batches:
         own = model_outputs(model, batch, {"reference_logits"})
-        outputs = reference.outputs(wanted[0], batch, batch, own)
+        outputs = reference.outputs(wanted[0], batch, own)
         with packed_attention(other, batch):
             exact = model_outputs(other, batch, {"reference_logits"})
         assert torch.equal(outputs.logits, exact.logits) and not outputs.logits.requires_grad
@@ -142,7 +142,7 @@ def test_rr_keeps_the_model_and_takes_its_hidden_states():
     assert reference.model is other
     for batch in wanted[0].batches:
         own = model_outputs(model, batch, wanted[0].needs)
-        outputs = reference.outputs(wanted[0], batch, batch, own)
+        outputs = reference.outputs(wanted[0], batch, own)
         with packed_attention(other, batch):
             exact = model_outputs(other, batch, {"hidden_states"})
         for found, expected in zip(outputs.hidden_states, exact.hidden_states, strict=True):
@@ -162,7 +162,7 @@ def test_hidden_states_and_logits_are_those_asked_for():
     assert outputs.logits is None
     # an objective that reads only its own logits and hidden states needs no reference
     own = passes("ceu", "rmu_mask(layer=1)")[0]
-    assert Reference().outputs(own, batch, batch, model_outputs(model, batch, own.needs)) is None
+    assert Reference().outputs(own, batch, model_outputs(model, batch, own.needs)) is None
 
 
 def test_kl_to_another_model_equals_autograd():
@@ -192,13 +192,13 @@ def test_without_a_model_of_its_own_the_reference_is_the_model_detached():
     reference.prepare(wanted, torch.device("cpu"))
     for data_pass in wanted:
         own = model_outputs(model, data_pass.batches[0], data_pass.needs)
-        outputs = reference.outputs(data_pass, data_pass.batches[0], data_pass.batches[0], own)
+        outputs = reference.outputs(data_pass, data_pass.batches[0], own)
         assert torch.equal(outputs.token_logprob, own.token_logprob)
         assert not outputs.token_logprob.requires_grad
         for found in (outputs.logits, *(outputs.hidden_states or ())):
             assert found is None or not found.requires_grad
     (ga,) = passes("ga")
-    assert reference.outputs(ga, ga.batches[0], ga.batches[0], own) is None
+    assert reference.outputs(ga, ga.batches[0], own) is None
 
 
 def test_a_model_without_logits():

@@ -15,7 +15,7 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import passes_for
-from geffect_fast.engines.forward import Move, forward_effects
+from geffect_fast.engines.forward import ParameterPass, forward_effects
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.engines.reference import Reference
@@ -37,9 +37,9 @@ SETS = {
 
 ON_ANSWERS = ("wga", "rmu(layer=1)")
 ON_OTHERS = ("kl", "dpo(beta=0.5)")
-"""Of logits, of hidden states, of a reference and of pairs; `forward_cases.py` has the others."""
+"""Like `ON_ANSWERS`, one of each kind: a reference, pairs. `forward_cases.py` has the others."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Of the objective's largest effect on a sample: the rounding of a whole model, there and back."""
+"""Relative to the objective's largest effect on a sample: rounding of a forward and a backward."""
 
 N_RISKS = 2
 PASSED = [name for name, row in ARCHITECTURES.items() if row.forward is None]
@@ -71,7 +71,7 @@ def forward(plan, wanted, reference, dtype, per_token):
         pieces = effects.tensor_split(list(ends), dim=-1)
         found.append(torch.stack([piece.sum(-1) for piece in pieces], dim=-1))
 
-    whole = Move(0, tuple(plan.parameters), tuple(range(N_RISKS)))
+    whole = ParameterPass(0, tuple(plan.parameters), tuple(range(N_RISKS)))
     n = sum(len(data_pass.parts) for data_pass in wanted)
     values, _ = forward_effects(
         plan,
@@ -80,7 +80,7 @@ def forward(plan, wanted, reference, dtype, per_token):
         n,
         reference,
         keep,
-        moves=[whole],
+        parameter_passes=[whole],
         per_token=per_token,
         tick=lambda _: None,
     )

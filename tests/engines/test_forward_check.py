@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import build, fp64_throughout, samples
-from small_models import Dropping, IgnoresPositions, Routed, SecondHead, WithoutPositions, ready
+from small_models import (
+    Dropping,
+    Halve,
+    IgnoresPositions,
+    Routed,
+    SecondHead,
+    WithoutPositions,
+    ready,
+)
 from torch import nn
 
 import geffect_fast as gf
@@ -29,18 +37,6 @@ def halve(x: torch.Tensor) -> torch.Tensor:
 halve.register_autograd(lambda ctx, grad: grad / 2)
 halve.register_fake(torch.empty_like)
 torch.library.register_vmap(halve, lambda info, dims, x: (halve(x), dims[0]))
-
-
-class Halve(torch.autograd.Function):
-    """An operation without `jvp`, as most are."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x / 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad / 2
 
 
 class Modern(torch.autograd.Function):
@@ -99,8 +95,9 @@ def run(model, **settings):
 
 MODULE = r"module 'model\.layers\.1\.mlp\.act_fn' \(Act\) has no forward-mode derivative: "
 LOST = (
-    r"parameter 'model\.layers\.1\.mlp\.gate_proj\.weight': forward mode gives {} of its "
-    r"derivative by reverse mode, so code on its way to the logits drops tangents$"
+    r"parameter 'model\.layers\.1\.mlp\.gate_proj\.weight': forward mode gives {} times "
+    r"the derivative that reverse mode gives, so some code between this parameter and the logits "
+    r"drops tangents$"
 )
 PROBLEMS = {
     "custom op": (halve, LOST.format("0")),

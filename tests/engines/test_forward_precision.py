@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engines.forward_cases import close, run
-from measure.wrapped_cases import lora
+from measure.wrapped_cases import InFp32, lora
 from models import build, fp64_throughout
 
 from geffect_fast.measure import profiler as profiling
@@ -47,15 +47,6 @@ def test_low_precision_within_twice_the_error_of_backwards(name, dtype):
 
     limit = 2 * error(plain) + torch.finfo(dtype).eps
     assert (error(ours) <= limit).all(), (error(ours), error(plain))
-
-
-class InFp32(torch.nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.head = head.float()
-
-    def forward(self, x):
-        return self.head(x.float())
 
 
 @pytest.mark.parametrize("part", ["all", "norms in fp32", "a head in fp32", "adapted in fp32"])

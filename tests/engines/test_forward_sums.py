@@ -12,7 +12,7 @@ from models import build, fp64_throughout
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
-from geffect_fast.engines.forward import moves_for
+from geffect_fast.engines.forward import parameter_passes_for
 from geffect_fast.measure import profiler as profiling
 from geffect_fast.storage.run_folder import open_run
 
@@ -113,10 +113,10 @@ def passes_of(monkeypatch, memory_bytes):
     made = []
 
     def cut(*args, **kwargs):
-        made.append(moves_for(*args, **kwargs, memory_bytes=memory_bytes))
+        made.append(parameter_passes_for(*args, **kwargs, memory_bytes=memory_bytes))
         return made[-1]
 
-    monkeypatch.setattr(profiling, "moves_for", cut)
+    monkeypatch.setattr(profiling, "parameter_passes_for", cut)
     return made
 
 
@@ -154,9 +154,9 @@ def test_passes_move_every_parameter_once_for_every_direction(memory, n_directio
     plan = Plan.of(build("llama"))
     names = list(plan.parameters)
     for columns in ([0] * len(names), [i % 3 for i in range(len(names))]):
-        parts = moves_for(plan, columns, n_directions, memory)
-        moved = [(name, risk) for part in parts for name in part.names for risk in part.risks]
-        assert sorted(moved) == sorted((name, m) for name in names for m in range(n_directions))
+        parts = parameter_passes_for(plan, columns, n_directions, memory)
+        moving = [(name, risk) for part in parts for name in part.names for risk in part.risks]
+        assert sorted(moving) == sorted((name, m) for name in names for m in range(n_directions))
         for part in parts:
             assert {columns[names.index(name)] for name in part.names} == {part.column}
             used = len(part.risks) * sum(4 * plan.parameters[name].numel() for name in part.names)

@@ -1,10 +1,11 @@
-"""The forward engine on models inside something else: every row of `runs/wrapped_cases.py`."""
+"""The forward engine on models inside something else: every row of `measure/wrapped_cases.py`."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from engines.forward_cases import close
 from measure.wrapped_cases import AUTOCAST, CASES
 from models import build, fp64_throughout, samples
 
@@ -23,12 +24,6 @@ def run(model, engine, **kwargs):
     return gf.profile(
         model, None, forget=FORGET, retain=RETAIN, engine=engine, **(settings | kwargs)
     )
-
-
-def close(found, expected, tolerance):
-    scale = float(np.abs(expected).max())
-    assert scale > 0
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
 
 
 def slots(model):

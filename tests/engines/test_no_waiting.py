@@ -39,10 +39,10 @@ OBJECTIVES = {
     "alternatives": ("po", "dpo(beta=0.1)", "altpo"),
     "hidden states": ("rmu(layer=1)", "rmu_mask(layer=1)", "rr(layer=1)"),
 }
-"""By what they ask of a batch; a wait's traceback says whose it is."""
+"""Objectives by the part of a batch that they read. A wait's traceback shows which one waits."""
 
 UNLIKE = ("gpt2", "phi", "gemma2")
-"""They hold every kind of layer that the five have."""
+"""Models that together hold every kind of layer of `FIVE`."""
 
 
 @pytest.fixture
@@ -167,8 +167,7 @@ def reverse_profiler(resolve, device, monkeypatch, free):
         monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
         monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
         monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
-        for module in (directions, profiler):
-            monkeypatch.setattr(module, "free_memory", lambda _: free)
+        monkeypatch.setattr(directions, "free_memory", lambda _: free)
         return expected, profiler.Profiler.of(plan.model, None, **given)
 
 

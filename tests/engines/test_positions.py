@@ -30,7 +30,7 @@ KIN = {
         "Data2VecText",
     )
 }
-"""Positions are counted from `padding_idx + 1`, and not past padding."""
+"""Models that count positions from `padding_idx + 1`, leaving out padding."""
 KIN["Xmod"] = Architecture("Xmod", ENCODER | {"languages": ["x"], "default_language": "x"})
 SAME_KIND = {
     name: Architecture(name, ENCODER)
@@ -77,8 +77,7 @@ def profiled(model, rows, **settings):
 def test_a_risk_is_the_model_s_own_loss(name):
     """The risk equals the model's own loss.
 
-    `measure/test_check_and_profile.py` compares the loss of all architectures, and
-    `measure/test_architectures.py` their effects.
+    `measure/test_architectures.py` compares the effects of all architectures, and their loss.
     """
     rows = samples(LENGTHS, 1)
     if name in KIN:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
-
 from models import samples
+from report_views import words_of
 
 from geffect_fast.measure.check import check
 from geffect_fast.report.tables.check import render_check
@@ -17,11 +16,7 @@ def run(model, **kwargs):
 
 
 def printed(found):
-    from rich.console import Console
-
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(render_check(found))
-    return " ".join(console.export_text().split())
+    return words_of(render_check(found), 120)
 
 
 def by_kind(found):

@@ -41,7 +41,10 @@ def expected(name, forget, retain):
     [*FIVE, *(pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES if n not in FIVE)],
 )
 def test_effects_equal_one_sample_at_a_time(name):
-    """This comparison is in fp64; `test_check_and_profile.py` has one in fp32."""
+    """The model's own loss is the risk, except for one architecture.
+
+    This comparison is in fp64; `test_check_and_profile.py` has one in fp32.
+    """
     forget, retain = samples(FORGET, 1, 2), samples(RETAIN, 2, 2)
     plain, model, other = expected(name, forget, retain)
     with fp64_throughout():
@@ -57,6 +60,7 @@ def test_effects_equal_one_sample_at_a_time(name):
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert list(result.parameter.values) == trainable
     assert result.attrs["layout"] == ARCHITECTURES[name].layout
+    assert result.attrs.get("own_loss") == ("auxiliary" if name == "olmoe" else None)
     served = Plan.of(model).learned.served
     assert served.keys() == set(trainable)
     generic = {kind_of(name) for name, rules in served.items() if GenericCall in rules}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import VOCAB
 from check_runs import LENGTHS, by_kind, printed, run
+from engines.small_models import Routed, WithoutPositions
 from models import build, fp64_throughout, samples
 from reference import effects_of_each, gradients, mean_over, token_logprobs
 from torch import nn
@@ -18,8 +19,9 @@ from geffect_fast.errors import GEffectError, InputError, NonFiniteError, Unsupp
 from geffect_fast.measure import check as module
 from geffect_fast.measure import plain_autograd as plain
 from geffect_fast.measure.by_capture import CapturedNumbers
+from geffect_fast.measure.execute import checked_bytes
 from geffect_fast.measure.plain_autograd import BLOCK, dots, plain_numbers, plain_tokens
-from geffect_fast.measure.precision import TOLERANCE, computing_in
+from geffect_fast.measure.precision import TOLERANCE, WIDER, computing_in, widened_copy
 from geffect_fast.objectives import parse
 from geffect_fast.report.tables.check import verdict
 
@@ -29,7 +31,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype"),  # `test_check_and_profile.py` has all architectures in fp32
+    ("architecture", "dtype"),  # `test_check_and_profile.py` has every kind in fp32
     [
         *(("llama_tied", dtype) for dtype in DTYPES),
         ("gpt2", torch.float16),
@@ -76,36 +78,6 @@ def test_which_rule_captured_each_kind():
     assert mixture["experts.gate_up_proj"].rules == mixture["gate"].rules == ("generic",)
 
 
-class WithoutPositions(nn.Module):
-    """GPT-2 that counts positions itself, so that it cannot be packed."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = build("gpt2")
-
-    def forward(self, input_ids):
-        return self.inner(input_ids=input_ids).logits
-
-
-class Routed(nn.Module):
-    """Three experts, one for each token by its id, so that rows cannot be told apart by sample."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, 8)
-        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
-        self.head = nn.Linear(8, VOCAB)
-
-    def forward(self, input_ids, position_ids=None):
-        hidden = self.embed(input_ids)
-        out = torch.zeros_like(hidden)
-        for e, expert in enumerate(self.experts):
-            picked = input_ids % 3 == e
-            if picked.any():
-                out[picked] = torch.tanh(expert(hidden[picked]))
-        return self.head(hidden + out)
-
-
 @pytest.mark.parametrize(
     ("architecture", "layout"), [(WithoutPositions, "equal_length"), (Routed, "single")]
 )
@@ -119,7 +91,7 @@ def test_models_that_cannot_be_packed(architecture, layout):
 def test_parameters_that_no_sample_reaches_are_named():
     rows = [{"input_ids": [3, 6, 9, 12], "labels": [-100, 6, 9, 12]}] * 2
     found = run(build(Routed), data=rows)
-    idle = [f"experts.{e}.{leaf}" for e in (1, 2) for leaf in ("weight", "bias")]
+    idle = [f"experts.experts.{e}.{leaf}" for e in (1, 2) for leaf in ("weight", "bias")]
     assert found.exact and list(found.unreached) == idle
     assert f"Without a gradient on these samples: {', '.join(idle)}." in printed(found)
 
@@ -297,6 +269,13 @@ def test_a_copy_that_does_not_fit_is_refused(monkeypatch):
     assert run(build("llama")).exact
     with pytest.raises(GEffectError, match="float32 and two gradients"):
         run(build("llama", torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", WIDER)
+def test_bytes_beside_a_model_hold_the_copy_that_a_check_may_make(dtype):
+    model = build("llama", dtype)
+    copy = widened_copy(model, WIDER[dtype])
+    assert checked_bytes(model) >= 3 * sum(p.nbytes for p in copy.parameters())
 
 
 def test_limits_are_the_stated_ones():

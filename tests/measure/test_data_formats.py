@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -25,14 +24,6 @@ CHAT = [
                  ("Be brief.", "Is it?", "No.", "Who, then?", "Nobody at all."))
 ]  # fmt: skip
 CHOICES = [{"question": "Where is Oslo?", "choices": ["Peru", "Norway"], "answer": "B"}]
-
-
-@pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    """A copy of the study as the working folder."""
-    folder = shutil.copytree(study, tmp_path / "here")
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from geffect_fast.measure.profiler import Profiler
 
 FORGET, RETAIN = samples([7, 3, 5], 1, 2), samples([6, 4], 2, 2)
 OBJECTIVES = ["ga", "ga - 1.5*wga(alpha=1)", "0.5*ga + 2*gd"]
-"""One alone, one of two parts that read the same rows, and one of two data sets."""
+"""One elementary objective, a sum over the same rows, and a sum over two data sets."""
 FINE = ("parameter", "sample", "position")
 
 
@@ -210,7 +210,9 @@ def test_rows_of_several_sequences_and_sums_that_read_one_row_twice(monkeypatch)
     for sequence, objectives in enumerate((["dpo", "ga + po", "ga"], ["dpo", "po", "ga + po"])):
         here = read.where(apart.sequence == sequence, False).any("position").all("sample")
         assert here.objective[here].values.tolist() == objectives
-    with pytest.raises(InputError, match=r"objective 'ga \+ dpo.*row's answer alone.*as obj"):
+    with pytest.raises(
+        InputError, match=r"objective 'ga \+ dpo.*row's answer in different.*as obj"
+    ):
         measured(model, wanted, ["ga", "ga + dpo"], **settings)
     monkeypatch.setattr(memory, "free_memory", lambda _device: 2**13)
     with pytest.raises(InputError, match=r"conflicts: by position they take .* are free"):

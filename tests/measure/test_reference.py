@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 
 import numpy as np
@@ -11,7 +10,7 @@ import peft
 import pytest
 import torch
 from models import build, samples
-from rich.console import Console
+from report_views import words_of
 
 import geffect_fast as gf
 from geffect_fast.errors import GEffectWarning
@@ -33,12 +32,6 @@ def other(model):
     with torch.no_grad():
         next(moved.parameters()).mul_(1.1)
     return moved
-
-
-def text_of(what):
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(what)
-    return " ".join(console.export_text().split())
 
 
 def with_adapter(model, seed=0, scale=0.0):
@@ -132,7 +125,7 @@ def test_a_reference_that_is_the_model_is_said(kind, objective, model, tmp_path)
             reference_model=given(kind, model, tmp_path),
         )
     assert result.attrs["reference_is_model"] == 1
-    assert "Reference: the model itself" in text_of(render_profile(result))
+    assert "Reference: the model itself" in words_of(render_profile(result))
     if kind == "none":
         assert "Reference: the model itself" in page_html({"run": result})
 
@@ -144,7 +137,7 @@ def test_another_reference_and_objectives_without_one_are_not_warned_of(model):
         alone = gf.profile(model, None, **SETS, objectives=["ga", "simnpo"])
     for result in (compared, alone):
         assert "reference_is_model" not in result.attrs
-        assert "Reference" not in text_of(render_profile(result))
+        assert "Reference" not in words_of(render_profile(result))
 
 
 def test_over_the_steps_of_a_training_it_is_the_beginning(model):
@@ -164,6 +157,6 @@ def test_a_sweep_without_reference_is_one_point(model):
     assert set(same.same_as.values) == {"npo(beta=0.01)", "ga"}
     assert same.pareto.sum() <= 2 and not same.pareto[1:12].any()
     assert "(the same: npo(beta=0.0172405), " in Swept.of(same).label(0)
-    assert "Reference: the model itself" in text_of(render_sweep(same))
+    assert "Reference: the model itself" in words_of(render_sweep(same))
     apart = gf.sweep(model, None, **SETS, objectives=objectives, reference_model=other(model))
     np.testing.assert_array_equal(apart.same_as, apart.objective)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from engines.forward_cases import close
 from engines.small_models import WithoutPositions, ready
 from models import build, fp64_throughout, samples
 from reference import gradients, mean_over, token_logprobs
@@ -43,12 +44,6 @@ def run(model, resolve, objectives=OBJECTIVES, forget=None, **kwargs):
         reference_model=other,
         **{"token_budget": 60} | kwargs,
     )
-
-
-def close(found, expected, tolerance=1e-9):
-    scale = float(np.abs(expected).max())
-    assert scale > 0
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "gemma2", "mixtral"])

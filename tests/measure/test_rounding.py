@@ -88,7 +88,9 @@ def test_the_figure_is_that_of_plain_autograd(architecture, engine, monkeypatch)
 
     figure = measured.dataset.attrs["precision_error"]
     assert figure == pytest.approx(figure_of(found - exact), rel=1e-9)
-    assert figure_of(in_bf16 - in_fp32) / 5 <= figure <= 3 * figure_of(in_bf16 - in_fp32)
+    # By how much plain autograd rounds in bf16 depends on the processor.
+    plainly = figure_of(in_bf16 - in_fp32)
+    assert plainly / 20 <= figure <= 3 * plainly
     assert measured.dataset.attrs["precision_samples"] == [0, 3]
 
 
@@ -185,9 +187,9 @@ def test_of_several_steps_the_first_says_it():
     model = build("llama", torch.bfloat16)
     profiler = Profiler.of(model, None, **DATA, objectives=["ga"], resolve=("sample",))
     probe = Probe(profiler, StepStore(None, run_identity(profiler)))
-    first = stated(probe.at(0))
+    first = stated(probe.measure_at(0))
     assert first.keys() == STATED
-    assert stated(probe.at(1)) == {}
+    assert stated(probe.measure_at(1)) == {}
     assert stated(probe.store.combined()) == first
 
 

@@ -16,7 +16,7 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 FORGET, RETAIN = samples([5, 9, 3, 12], 1, 2), samples([7, 4, 6], 2, 2)
 DATA = {"forget": FORGET, "retain": RETAIN}
 EXTENT = 1e-5
-"""How far finite differences go along a step."""
+"""The part of a step that finite differences take."""
 
 
 def two_groups(model, **more):
@@ -289,8 +289,8 @@ def test_bad_diagonals_and_objectives():
     good = diagonal_of(model)
     for changed, said in (
         ({"no_such": torch.ones(1)}, "no trainable parameter 'no_such'"),
-        ({"lm_head.weight": torch.ones(2)}, r"'lm_head.weight' has one of shape \(2,\)"),
-        ({"lm_head.weight": None}, "'lm_head.weight' has none"),
+        ({"lm_head.weight": torch.ones(2)}, r"a tensor of shape \(2,\)"),
+        ({"lm_head.weight": None}, "no tensor for 'lm_head.weight'"),
         ({"lm_head.weight": torch.tensor(-1.0)}, "'lm_head.weight' has a value that is negative"),
         ({"lm_head.weight": torch.tensor(torch.inf)}, "'lm_head.weight' has a value"),
     ):
@@ -300,7 +300,7 @@ def test_bad_diagonals_and_objectives():
         profile(model, good, torch.optim.Adam(model.parameters()))
     with pytest.raises(InputError, match="step_of: 'nll' is not among the objectives: ga"):
         profile(model, "adam", step_of="nll")
-    with pytest.raises(InputError, match="its sign is of one gradient"):
+    with pytest.raises(InputError, match="it takes the sign of one gradient"):
         profile(model, "lion", None, ["ga", "wga(alpha=1)"])
 
 

@@ -180,10 +180,10 @@ def test_without_a_reference_npo_compares_with_the_adapted_model():
 # ---- low precision ----
 
 HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-"""Half an ulp: what is rounding whatever the method."""
+"""Half an ulp: the rounding that no method avoids."""
 
 ALSO_IN_FP16 = ("llama", "fp32_norms", "half_lora_on_fp32")
-"""By what they mix; the rules are those of bf16."""
+"""Cases tested in fp16 too, by the precisions that they mix. The rules are those of bf16."""
 
 
 def within_twice_plain(model, half_ulp, layout="packed"):

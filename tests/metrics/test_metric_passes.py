@@ -22,8 +22,8 @@ from geffect_fast.metrics.membership import MinKPlusPlus
 from geffect_fast.metrics.memorisation import extraction_strength
 from geffect_fast.metrics.observe import observe
 from geffect_fast.metrics.overlap import VerbatimMemorisation
-from geffect_fast.metrics.rows import rows_of, to_be_written
-from geffect_fast.metrics.scored import forward_layout, once, score
+from geffect_fast.metrics.rows import metric_rows, to_be_written
+from geffect_fast.metrics.scored import distinct, forward_layout, score
 
 LENGTHS = [9, 4, 12, 4, 7]
 
@@ -81,7 +81,7 @@ def test_log_probabilities_of_bf16_logits_are_taken_in_fp32():
 
 def test_equal_sequences_are_run_once():
     given = sequences()
-    different, which = once([*given, given[2], given[0]])
+    different, which = distinct([*given, given[2], given[0]])
     assert len(different) == len(given)
     assert which == [0, 1, 2, 3, 4, 2, 0]
     model = build("llama")
@@ -311,7 +311,7 @@ def test_of_a_plain_text_as_much_is_compared_as_may_be_written():
 
     model = build("llama")
     tokens = tokenize_rows(samples([24, 10], prompt=0), None, name="forget")
-    rows = rows_of(tokens, "forget", [], {"continuations"}, lambda *_: None, lambda *_: None)
+    rows = metric_rows(tokens, "forget", [], {"continuations"}, lambda *_: None, lambda *_: None)
     found = observe(
         model,
         {"forget": rows},

@@ -30,14 +30,14 @@ def leaves(outputs):
     return Outputs.of(own, outputs.logits is not None)
 
 
-def slope(objective, case, outputs, moved, by=None):
-    """`<d (by . terms) / d outputs, moved>` by plain autograd, `by` 1 where not given."""
+def slope(objective, case, outputs, tangents, by=None):
+    """`<d (by . terms) / d outputs, tangents>` by plain autograd, `by` 1 where not given."""
     terms = objective.token_terms(outputs, case.batch, case.reference)
     by = torch.ones_like(terms) if by is None else by
     grads = torch.autograd.grad(
         (by * terms).sum(), outputs.tensors(), allow_unused=True, materialize_grads=True
     )
-    return sum(float((g * v).sum()) for g, v in zip(grads, moved.tensors(), strict=True))
+    return sum(float((g * v).sum()) for g, v in zip(grads, tangents.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "sum"])
@@ -50,15 +50,15 @@ def test_terms_move_as_reverse_mode_says(o, reduction, make_data):
     found = term_tangents(o, outputs, case.batch, case.reference, along)
     assert found.shape == (2, case.batch.total_tokens) and found.dtype == torch.float64
     assert not found.requires_grad and found.any()
-    for moved, terms in zip(along, found, strict=True):
-        assert float(terms.sum()) == pytest.approx(slope(o, case, outputs, moved), rel=1e-10)
+    for tangents, terms in zip(along, found, strict=True):
+        assert float(terms.sum()) == pytest.approx(slope(o, case, outputs, tangents), rel=1e-10)
         for t in range(0, len(terms), 5):
             one = torch.zeros_like(terms)
             one[t] = 1
             assert float(terms[t]) == pytest.approx(
-                slope(o, case, outputs, moved, one), rel=1e-10, abs=1e-13
+                slope(o, case, outputs, tangents, one), rel=1e-10, abs=1e-13
             )
-        assert not terms_disagree(o, outputs, case.batch, case.reference, moved).any()
+        assert not terms_disagree(o, outputs, case.batch, case.reference, tangents).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -67,10 +67,10 @@ def test_at_its_own_reference_there_is_no_gradient_and_no_complaint(o, dtype, ma
     case = make_data(("answer",), seed=3).case("token")
     own = Outputs.of(tuple(x.to(dtype) for x in leaves(case.outputs).tensors()), True)
     frozen = Outputs.of(tuple(x.detach() for x in own.tensors()), True)
-    moved = noise(own, 1)
-    found = term_tangents(o, own, case.batch, frozen, [moved])
+    tangents = noise(own, 1)
+    found = term_tangents(o, own, case.batch, frozen, [tangents])
     assert found.abs().max() < 1e-6
-    assert not terms_disagree(o, own, case.batch, frozen, moved)[0]
+    assert not terms_disagree(o, own, case.batch, frozen, tangents)[0]
 
 
 # ---- objectives of users ----
@@ -228,9 +228,9 @@ def test_terms_that_depend_on_nothing_do_not_move(needs, make_data):
 
     case = make_data(("answer",), seed=3).case("token")
     outputs = leaves(case.outputs if needs else Outputs(case.outputs.token_logprob))
-    moved = noise(outputs, 1)
-    assert not term_tangents(Constant(), outputs, case.batch, None, [moved, moved]).any()
-    assert terms_disagree(Constant(), outputs, case.batch, None, moved).tolist() == [False, True]
+    tangents = noise(outputs, 1)
+    assert not term_tangents(Constant(), outputs, case.batch, None, [tangents, tangents]).any()
+    assert terms_disagree(Constant(), outputs, case.batch, None, tangents).tolist() == [False, True]
 
 
 def test_a_model_that_holds_something_constant():

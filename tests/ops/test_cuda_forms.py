@@ -28,7 +28,7 @@ FORMS = {
     "segment_bilinear": (BILINEAR, ("fused", "cublas", "sm90", "gradient", "")),
 }
 NOT_OF_FP32 = {"ghost_norm": {"clusters"}, "segment_bilinear": {"fused", "cublas", "gradient"}}
-"""Forms that fp32 takes another one for, or takes unless it is told otherwise."""
+"""Forms that fp32 replaces by another one, or takes by default."""
 
 
 @cache

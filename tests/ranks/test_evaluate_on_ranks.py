@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import xarray as xr
 from evaluated import full_rows, without
-from memorised import blank_model
+from memorised import blank_model, tokenizer_of
 from peft import LoraConfig, get_peft_model
 from ranked import on_ranks
 from torch.distributed.fsdp import fully_shard
@@ -24,7 +24,7 @@ from geffect_fast.capture.parts import mesh_over
 from geffect_fast.capture.shards import shard
 from geffect_fast.cli import main
 from geffect_fast.data import write_jsonl
-from geffect_fast.demo import save, train_tokenizer
+from geffect_fast.demo import save
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.metrics import available
 
@@ -45,7 +45,7 @@ EVERY = {
 
 @cache
 def tokenizer(size=320):
-    return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], size)
+    return tokenizer_of(ROWS, size)
 
 
 def measured(more, *, in_parts=False):
@@ -127,7 +127,7 @@ def test_models_in_parts_are_measured_as_whole_ones(alone):
     for *found, refused in on_ranks(2, parts):
         for mine, expected in zip(found, alone, strict=True):
             assert_close(mine, expected)
-        assert refused.startswith("reference_model: it knows 280 tokens and the first model 320")
+        assert refused.startswith("reference_model: its vocabulary has 280 tokens and the first")
 
 
 def test_ranks_are_given_the_same():

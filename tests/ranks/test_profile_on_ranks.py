@@ -12,8 +12,9 @@ import geffect_fast as gf
 
 LENGTHS = {"forget": [5, 9, 7, 4, 12], "retain": [8, 6, 6], "general": [7]}
 OBJECTIVES = ["ga", "npo(beta=0.5)", "ga + 0.5*kl", "rmu(layer=2)"]
-"""One that reads forget rows alone, one with a reference, a sum over both sets, one of a layer; all
-others are in `test_every_objective_on_ranks.py`."""
+"""One reads forget rows only, one has a reference, one is a sum over both sets, one reads a layer.
+
+`test_every_objective_on_ranks.py` has all others."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
@@ -46,7 +47,7 @@ CASES = {
 
 
 KINDS = ("fp32", "tied", "gpt2", "experts")
-"""Of models; they are looked at on any number of ranks."""
+"""Kinds of models, which are tested on every number of ranks."""
 ON_FOUR = (*KINDS, "token", "curved", "few")
 ON_TWO = tuple(name for name in CASES if name in KINDS or name not in ON_FOUR)
 

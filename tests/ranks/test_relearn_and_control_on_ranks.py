@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from control_models import adapter_on
-from memorised import blank_model
+from memorised import blank_model, tokenizer_of
 from ranked import on_ranks
 from safetensors.torch import load_file
 
@@ -19,7 +19,6 @@ import geffect_fast as gf
 from geffect_fast import ranks, report
 from geffect_fast.capture.shards import shard
 from geffect_fast.cli import main
-from geffect_fast.demo import train_tokenizer
 from geffect_fast.demo.authors import make_fictitious_authors
 from geffect_fast.errors import InputError
 
@@ -126,7 +125,7 @@ def as_it_is(model):
 
 def called(where):
     """Results of the functions for models that ranks hold, which must be left as they were."""
-    reads = train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
+    reads = tokenizer_of(ROWS)
     base, other = (blank_model(reads, seed).double() for seed in (1, 2))
     folder = where / "retrained"
     if ranks.here().first:
@@ -152,7 +151,7 @@ def called(where):
 
 def refused():
     """Messages about models that are refused."""
-    reads = train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
+    reads = tokenizer_of(ROWS)
     base = blank_model(reads)
     model, other = held(base, moved(base))
     said = []

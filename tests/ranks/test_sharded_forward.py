@@ -16,7 +16,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.parts import mesh_over
 from geffect_fast.capture.shards import shard
 from geffect_fast.engines.dual.tensor import Dual
-from geffect_fast.engines.forward import moves_for
+from geffect_fast.engines.forward import parameter_passes_for
 from geffect_fast.errors import InputError
 from geffect_fast.measure.profiler import Profiler
 
@@ -104,7 +104,7 @@ def test_a_direction_is_whole_for_as_long_as_its_weights():
         assert_same(one, found, TOLERANCE[torch.float64])
 
 
-def moves_of_a_sharded_model():
+def passes_of_a_sharded_model():
     plan = Plan.of(sharded("llama"), may_be_sharded=True)
     sizes = {name: 4 * p.numel() for name, p in plan.parameters.items()}
     in_a_block = sum(size for name, size in sizes.items() if ".layers.0." in name)
@@ -113,13 +113,13 @@ def moves_of_a_sharded_model():
     one = max(everyone.meet(own)) + 2 * in_a_block + in_the_root  # the next group is on its way
     short = int(everyone.rank == 1)  # a byte less
     return [
-        [move.risks for move in moves_for(plan, [0] * len(sizes), 3, room)]
+        [each.risks for each in parameter_passes_for(plan, [0] * len(sizes), 3, room)]
         for room in (2 * one, 2 * one - short)
     ]
 
 
 def test_as_many_directions_move_as_their_parts_and_two_blocks_leave_room_for_on_all_ranks():
-    for found in on_ranks(2, moves_of_a_sharded_model):
+    for found in on_ranks(2, passes_of_a_sharded_model):
         assert found == [[(0, 1), (2,)], [(0,), (1,), (2,)]]
 
 

@@ -55,7 +55,7 @@ CASES = {
 }
 
 COPIES = ("experts", "tied places", "sums", "metric", "curved")
-"""Cases of which four ranks hold two copies, each in two parts."""
+"""Cases in which four ranks hold two copies of the model, each in two parts."""
 ON_FOUR = (*COPIES, "fp32", "tied", "gpt2", "few")
 ON_TWO = tuple(name for name in CASES if name not in ("tied places", "curved", "few"))
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from models import build, fp64_throughout, samples
+from models import build, fp64_throughout, samples, with_dropout
 from pairs import collate, trainer_of
-from ranked import assert_same_training, commanded, on_ranks
+from ranked import assert_same_training, commanded, of_each, on_ranks, weights_of
 from torch.distributed.fsdp import fully_shard
 
 import geffect_fast as gf
@@ -39,25 +39,13 @@ ON_THREE = {
     "experts apart": ("orthograd", SGD | {"model": "qwen2_moe"}),
     "few rows": ("orthograd", SGD | {"batch_size": 1, "retain_batch_size": 1}),
 }
-"""Cases in which more than the sizes of parts depends on how many ranks there are."""
+"""Cases in which the number of ranks decides more than the sizes of parts."""
 EXACT = 1e-12
-
-
-def numbers(model):
-    """A model's weights, whole."""
-    whole = {
-        key: value.full_tensor() if hasattr(value, "full_tensor") else value
-        for key, value in model.state_dict().items()
-    }
-    return {key: value.numpy().copy() for key, value in whole.items()}
 
 
 def in_parts(which):
     """A model without dropout; on several ranks each rank has its part."""
-    model = build(which, torch.float64)
-    for each in model.modules():
-        if isinstance(each, torch.nn.Dropout):
-            each.p = 0.0
+    model = with_dropout(build(which, torch.float64), 0.0)
     if dist.is_initialized():
         cpu = torch.device("cpu")
         if which == "llama":  # as other packages do
@@ -72,18 +60,14 @@ def trained(rule, more):
     with fp64_throughout():
         model = in_parts(given.pop("model", "llama"))
         result = gf.unlearn(model, None, **given)
-    return result, numbers(model)
-
-
-def all_trained(cases):
-    return {name: trained(*case) for name, case in cases.items()}
+    return result, weights_of(model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "cases"), [(2, ON_TWO), (3, ON_THREE)])
 def test_rules_on_shards_take_the_steps_of_one_process(size, cases):
-    alone = all_trained(cases)
-    for of_rank in on_ranks(size, all_trained, cases):
+    alone = of_each(trained, cases)
+    for of_rank in on_ranks(size, of_each, trained, cases):
         for name, expected in alone.items():
             assert_same_training(name, of_rank[name], expected, EXACT)
 
@@ -104,7 +88,7 @@ def in_own_trainer(folder):
             updater = gf.integrations.use_update_rule(trainer, rule, retain_weight=weight)
             trainer.train()
             assert updater.updates == 3
-            found[rule] = numbers(model)
+            found[rule] = weights_of(model)
     return found
 
 

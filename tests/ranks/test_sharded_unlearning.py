@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import build, fp64_throughout, samples
-from ranked import assert_same_training, on_ranks
+from models import build, fp64_throughout, samples, with_dropout
+from ranked import assert_same_training, of_each, on_ranks, weights_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -48,31 +48,19 @@ def trained(objective, more):
     given = DATA | SGD | more
     with fp64_throughout():
         which = given.pop("model", "llama")
-        model, other = build(which, torch.float64), build(which, torch.float64)
-        for module in (model, other):
-            for each in module.modules():
-                if isinstance(each, torch.nn.Dropout):
-                    each.p = 0.0
+        model, other = (with_dropout(build(which, torch.float64), 0.0) for _ in range(2))
         if dist.is_initialized():
             for each in (model, other):
                 shard(each, ranks.here(), torch.device("cpu"))
         result = gf.unlearn(model, None, objective=objective, reference_model=other, **given)
-    whole = {
-        key: value.full_tensor() if hasattr(value, "full_tensor") else value
-        for key, value in model.state_dict().items()
-    }
-    return result, {key: value.numpy().copy() for key, value in whole.items()}
-
-
-def all_trained(cases):
-    return {name: trained(*case) for name, case in cases.items()}
+    return result, weights_of(model)
 
 
 @pytest.mark.parametrize(
     ("size", "cases"), [(2, ON_TWO), pytest.param(3, ON_THREE, marks=pytest.mark.slow)]
 )
 def test_shards_take_the_steps_of_one_process(size, cases):
-    alone, found = all_trained(cases), on_ranks(size, all_trained, cases)
+    alone, found = of_each(trained, cases), on_ranks(size, of_each, trained, cases)
     for name, expected in alone.items():
         for of_rank in found:
             assert_same_training(name, of_rank[name], expected, EXACT)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from models import build, fp64_throughout, samples
-from ranked import assert_same_training, commanded, on_ranks
+from ranked import assert_same_training, commanded, of_each, on_ranks, weights_of
 
 import geffect_fast as gf
 from geffect_fast import ranks
@@ -26,7 +26,7 @@ PAIRS = [
 SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd"}
 SGD |= {"probe_every": 2, "probe_rows": "all"}
 RULES = ("gru", "gu", "sago", "sam")
-"""Those that need other things of a step; all are in `test_sharded_rules.py`."""
+"""Rules that need different things of a step. `test_sharded_rules.py` has all rules."""
 ON_TWO = {
     "llama": ("npo(beta=0.5) + kl", {"batch_size": 3, "retain_batch_size": 2}),
     "two passes": ("dpo(beta=0.2) + npo(beta=0.3)", {"batch_size": 4, "forget": PAIRS}),
@@ -42,7 +42,7 @@ ON_THREE = {
     "orthograd": ("ga + 0.5*nll", {"batch_size": 3, "update": "orthograd"}),
 }
 EXACT = 1e-12
-"""How far weights, of which some are about 1, may be apart."""
+"""The largest difference of weights, some of which are about 1."""
 
 
 def trained(objective, more):
@@ -53,18 +53,14 @@ def trained(objective, more):
     with fp64_throughout():
         model = build(given.pop("model", "llama"), torch.float64)
         result = gf.unlearn(model, None, objective=objective, **given)
-    return result, {key: value.numpy().copy() for key, value in model.state_dict().items()}
-
-
-def all_trained(cases):
-    return {name: trained(*case) for name, case in cases.items()}
+    return result, weights_of(model)
 
 
 @pytest.mark.parametrize(
     ("size", "cases"), [(2, ON_TWO), pytest.param(3, ON_THREE, marks=pytest.mark.slow)]
 )
 def test_ranks_take_the_steps_of_one_process(size, cases):
-    alone, found = all_trained(cases), on_ranks(size, all_trained, cases)
+    alone, found = of_each(trained, cases), on_ranks(size, of_each, trained, cases)
     for name, expected in alone.items():
         _, weights = found[0][name]
         for of_rank in found:
@@ -121,7 +117,7 @@ def halved(rule):
         model = build("llama", torch.float64)
         gf.unlearn(model, None, **(DATA | SGD), objective="ga + nll", batch_size=5, update=rule)
     told = [str(w.message) for w in said if "out of memory" in str(w.message)]
-    return told, {key: value.numpy().copy() for key, value in model.state_dict().items()}
+    return told, weights_of(model)
 
 
 @pytest.mark.parametrize("rule", ["sgd", "gru(gamma=0.8)"])

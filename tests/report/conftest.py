@@ -1,8 +1,9 @@
-"""Sweeps without a model, for tests of several reports."""
+"""Sweeps without a model, and a browser, for tests of several reports."""
 
 from __future__ import annotations
 
 import pytest
+from chromium import Browser
 from synthetic import make_dataset
 
 from geffect_fast.measure import sweep as sweep_module
@@ -28,3 +29,9 @@ def swept(monkeypatch):
         return sweep_module.sweep(None, None, forget=[], retain=[], objectives=texts)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser

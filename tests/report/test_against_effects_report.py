@@ -19,7 +19,8 @@ from geffect_fast.report.html.page import page_html
 from geffect_fast.report.summary.predictors import correlation_rows, prediction_sentence
 from geffect_fast.report.tables.against_effects import render_beside
 from geffect_fast.report.tables.measures import render_measures
-from geffect_fast.storage.evaluation import save_evaluation
+from geffect_fast.storage.run_folder import EVALUATION
+from geffect_fast.storage.save_run import save_run
 
 RUN = "npo"
 
@@ -164,7 +165,8 @@ def test_the_terminal_prints_both_tables(dataset):
 def test_what_is_missing_in_a_folder_is_written_by_report(tmp_path, capsys):
     dataset = against(metrics=ONE)
     config = EvaluateConfig(models=["a"], forget="f.jsonl", retain="r.jsonl")
-    save_evaluation(tmp_path / "run", dataset.assign_attrs(n_rows=json.dumps({})), config)
+    whole = dataset.assign_attrs(n_rows=json.dumps({}))
+    save_run(tmp_path / "run", whole, config, file=EVALUATION)
     assert main(["report", str(tmp_path / "run")]) == 0
     assert main(["show", str(tmp_path / "run")]) == 0
     assert "rank correlations over" in capsys.readouterr().out

@@ -102,6 +102,18 @@ def test_a_page_of_a_relearning_has_a_column_a_model(page_of):
     )
 
 
+def test_the_terminal_lists_no_rows_without_a_number():
+    dataset = measured("several").copy(deep=True)
+    assert "min_k(k=0.2)" in words_of(render_measures(dataset))
+    dataset["value"].loc[{"metric": "min_k(k=0.2)"}] = np.nan
+    assert "min_k(k=0.2)" not in words_of(render_measures(dataset))
+    dataset = measured("relearn").copy(deep=True)
+    dataset["value"].loc[{"metric": "probability", "set": "others", "model": "original"}] = np.nan
+    printed = words_of(render_measures(dataset))
+    assert "probability others unlearned" in printed and "truth_ratio others original" in printed
+    assert "probability others original" not in printed
+
+
 def test_the_assessment_is_one_table_of_named_rows(page_of):
     dataset, root = measured("survey"), page_of("survey")
     head, *rows = rows_of(root, "Every aspect")
@@ -170,7 +182,8 @@ def test_measures_without_a_number_say_so():
     for name in ("value", "value_low", "value_high", "sample_value"):
         dataset[name][:] = np.nan
     root = checked(page_html({"run": dataset}))
-    assert "No metric has a number" in text(section(root, "answer"))
+    assert "No metric gave a number" in text(section(root, "answer"))
+    assert words_of(render_measures(dataset)) == "No metric gave a number on any set."
     assert "curves" not in sections(root)
 
 

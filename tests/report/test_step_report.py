@@ -20,6 +20,7 @@ from geffect_fast.report.figures.layer_maps import edges_of
 from geffect_fast.report.figures.steps import SHOWN, step_figures
 from geffect_fast.report.figures.style import fit_scale, save_figure, style_of
 from geffect_fast.report.html.page import page_html
+from geffect_fast.report.html.steps import measured, verdicts
 from geffect_fast.report.summary.effects import by_place, total
 from geffect_fast.report.summary.step_findings import outcome_sentence, trust_sentences
 from geffect_fast.report.summary.steps import Agreement, Outcome, Steps, agreements
@@ -28,9 +29,9 @@ from geffect_fast.report.tables.steps import ROWS, render_steps
 STEMS = ["effects", "risks", "groups", "layers", "prediction", "cosines", "norms", "token_weights"]
 
 DRAWN = {"broken": STEMS, "large": STEMS[:2], "all nan": STEMS[:1], "explodes": STEMS[3:5]}
-"""Which figures of awkward results are drawn and not only made: it takes its time."""
+"""Figures of awkward results that are drawn; the others are only made, as drawing takes long."""
 ON_A_PAGE = ("broken", "all nan", "one step", "only totals", "tokens")
-"""The same of pages."""
+"""Awkward results whose page is written."""
 
 
 def awkward():
@@ -325,6 +326,29 @@ def test_the_outcome_in_a_sentence():
 
 
 # ---- table, files ----
+
+
+def test_a_long_table_of_objectives_has_the_same_ones_at_both_steps():
+    many = tuple(f"wga(alpha={i})" for i in range(101))
+    dataset = step_dataset(many, n_steps=3, resolve=(), weights=False)
+    blocks = verdicts(dataset)
+    at = next(i for i, block in enumerate(blocks) if block.kind == "table" and i)
+    first, last = ([r[0] for r in blocks[at].rows if r[1] == step] for step in ("0", "2"))
+    assert first == last and len(first) == 100 and {many[0], many[-1]} <= set(first)
+    said = "100 of 101 objectives are shown; summary.csv and results.nc hold all."
+    assert blocks[at + 1].text == said
+
+
+def test_a_long_table_of_live_measures_names_the_files_of_a_training():
+    dataset = step_dataset(n_steps=201, resolve=(), weights=False)
+    axes = ("step", "metric", "measured_set")
+    for name in ("measure", "measure_low", "measure_high"):
+        dataset[name] = (axes, np.ones((201, 1, 1)))
+    dataset = dataset.assign_coords(
+        metric=["nll"], measured_set=["forget"], statistic=("metric", ["mean"])
+    )
+    said = "200 of 201 steps are shown; summary.csv and results.nc hold all."
+    assert said in [block.text for block in measured(dataset, []) if block.kind == "text"]
 
 
 def test_the_table_lists_evenly_spaced_steps():

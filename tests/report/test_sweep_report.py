@@ -55,8 +55,8 @@ def awkward(swept):
 
 
 WRITTEN = ("broken", "samples", "one value", "places and probes")
-"""Of which the page and pictures are written; of the others figures are made and find their places,
-which is what many lines and names can break."""
+"""Sweeps whose page and pictures are written. For the others, figures are only made and laid out,
+which is the step that many lines and names can break."""
 
 
 @pytest.mark.slow

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from report_views import text_of
 
-from geffect_fast.report.format import bounds, number, question, spoken
+from geffect_fast.report.format import (
+    bounds,
+    in_metric,
+    metric_line,
+    number,
+    number_with_interval,
+    question,
+    spoken,
+)
+from geffect_fast.report.tables.cells import with_interval
 from geffect_fast.report.tables.fitted import FittedTable
 
 
@@ -21,12 +30,35 @@ from geffect_fast.report.tables.fitted import FittedTable
         (-0.4, "+.0f", "0"),
         (-0.006, "+.2f", "-0.01"),
         (-1e-9, "+.3g", "-1e-09"),
-        (-np.inf, "+.3g", "-inf"),
+        (-np.inf, "+.3g", "−∞"),
+        (np.inf, ".2f", "+∞"),
     ],
 )
-def test_zero_has_no_sign(value, spec, written):
+def test_numbers_are_written_alike_everywhere(value, spec, written):
     assert number(value, spec) == written
     assert bounds((value, value), spec) == f"[{written}, {written}]"
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "written"),
+    [
+        (0.5, (0.25, np.inf), "+0.5 [+0.25, +∞]"),
+        (0.5, (np.nan, np.nan), "+0.5"),
+        (0.5, None, "+0.5"),
+        (np.inf, (0.25, np.inf), "+∞"),
+        (np.nan, (0.25, 1.0), "–"),
+    ],
+)
+def test_an_interval_follows_its_number_on_pages_and_in_tables(value, interval, written):
+    assert number_with_interval(value, interval) == written
+    assert with_interval(value, interval).plain == written.replace(" [", "\n[")
+
+
+def test_titles_and_notes_name_a_metric_alike():
+    attrs = {"metric": "diagonal", "metric_state": "a file"}
+    assert in_metric(attrs) == ", in the metric of a given diagonal"
+    assert " are in the metric of a given diagonal; its state: a file." in metric_line(attrs)
+    assert in_metric({}) == metric_line({}) == ""
 
 
 def test_zero_has_no_sign_where_it_is_read_out():

@@ -6,7 +6,6 @@ The numbers are written, and a line says how to get the plot or page.
 from __future__ import annotations
 
 import resource
-import shutil
 import sys
 from contextlib import contextmanager
 
@@ -23,13 +22,6 @@ from geffect_fast.storage.results_file import save_result
 from geffect_fast.storage.run_folder import open_run
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    folder = shutil.copytree(study, tmp_path / "here")
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def raising(error):

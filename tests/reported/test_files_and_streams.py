@@ -26,13 +26,6 @@ from geffect_fast.storage.save_run import save_run
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-@pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    folder = shutil.copytree(study, tmp_path / "here")
-    monkeypatch.chdir(folder)
-    return folder
-
-
 FILES = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl"}
 
 

@@ -82,7 +82,7 @@ def test_a_training_says_it_in_its_result_its_tables_and_its_page():
     store = StepStore(None, run_identity(profiler))
     probe = Probe(profiler, store, trained="ga", forget_rows=len(whole))
     for step in (0, 1):
-        probe.at(step, learning_rates=[0.1] * step)
+        probe.measure_at(step, learning_rates=[0.1] * step)
     found = store.combined()
     first = found.isel(step=0).sel(objective="ga", risk="unlearn")
     e_u = float(first.g_effect.sum())

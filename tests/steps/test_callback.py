@@ -10,7 +10,8 @@ import copy
 import pytest
 import torch
 import xarray as xr
-from models import build, samples
+from interrupted import StopAtThree
+from models import build, collated, samples
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import geffect_fast as gf
@@ -49,10 +50,6 @@ def arguments(folder, **more):
         }
         | more
     )
-
-
-def collated(rows):
-    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
 
 
 def trainer(model, folder, *callbacks, **more):
@@ -208,12 +205,8 @@ def test_an_interrupted_training_goes_on_where_it_ended(tmp_path, monkeypatch):
 
 
 def test_a_training_that_is_stopped_early_ends_with_a_probe(tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 3
-
     probe = callback(objectives="ga")
-    trainer(build("llama"), tmp_path, Stop(), probe, max_steps=9).train()
+    trainer(build("llama"), tmp_path, StopAtThree(), probe, max_steps=9).train()
     assert probe.result.step.values.tolist() == [0, 2, 3]
 
 

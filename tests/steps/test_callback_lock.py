@@ -10,16 +10,16 @@ import time
 
 import pytest
 from killed import killed
-from models import build, samples
-from test_callback import TRAINED_ON, arguments, collated
+from models import build, collated, samples
+from test_callback import TRAINED_ON, arguments
 from transformers import Trainer, TrainerCallback
 
 import geffect_fast as gf
 from geffect_fast.errors import InputError
 from geffect_fast.storage.lock import LOCK, locked
 
-MOMENTS = range(2, 60, 8)
-"""Which of the changes of the disk a training does not live to see."""
+MOMENTS = [("fcntl.", ""), ("os.rename", "steps/"), ("os.remove", LOCK)]
+"""Kills of a training before it locks the folder, names a step and gives the folder back."""
 IN_USE = f"is in use by process {os.getpid()} on {platform.node()}; wait for its end"
 
 
@@ -146,13 +146,8 @@ def test_a_training_behind_one_that_failed_has_the_folder_at_once_and_for_itself
 @pytest.mark.slow
 def test_killed_at_any_moment_it_is_free(tmp_path):
     training(tmp_path / "whole").train()
-    for moment in MOMENTS:
-        folder = tmp_path / f"run{moment}"
-        killed(
-            lambda _out, folder=folder: training(folder).train(),
-            folder / "out",
-            moment,
-            of=("os.", "open", "fcntl."),
-        )
+    for number, moment in enumerate(MOMENTS):
+        folder = tmp_path / f"run{number}"
+        assert killed(lambda out: training(out.parent).train(), folder / "out", *moment)
         with locked(folder / "out"):
             pass

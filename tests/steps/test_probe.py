@@ -48,7 +48,7 @@ def loss_of(model):
 
 
 def trained(model, optimizer, probe, steps, every):
-    probe.at(0)
+    probe.measure_at(0)
     rates = []
     for step in range(1, steps + 1):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -56,7 +56,7 @@ def trained(model, optimizer, probe, steps, every):
         loss_of(model).backward()
         optimizer.step()
         if step % every == 0:
-            probe.at(step, learning_rates=rates)
+            probe.measure_at(step, learning_rates=rates)
             rates = []
     return probe.store.combined()
 
@@ -96,8 +96,8 @@ def test_both_predictions_are_one_for_plain_descent_on_the_probed_data():
 def test_learning_rates_of_updates_between_probes_add_up():
     model = build("llama", torch.float64)
     probe = probe_of(model, trained="ga")
-    effect = total_effect(probe.at(3)).sel(objective="ga")
-    found = probe.at(5, learning_rates=[0.25, 0.5])
+    effect = total_effect(probe.measure_at(3)).sel(objective="ga")
+    found = probe.measure_at(5, learning_rates=[0.25, 0.5])
     assert float(found.learning_rate) == 0.5
     np.testing.assert_array_equal(found.predicted_sgd, -0.75 * effect)
     np.testing.assert_array_equal(found.predicted_update, [0, 0])
@@ -120,13 +120,13 @@ def test_the_inner_product_with_an_update_in_pieces(monkeypatch):
 def test_in_low_precision_the_update_is_what_the_weights_became():
     model = build("llama").bfloat16()
     probe = probe_of(model)
-    probe.at(0)
+    probe.measure_at(0)
     theta = {name: p.detach().double() for name, p in model.named_parameters()}
     directions = probe.profiler.risk_gradients()[1]
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.full_like(p, 1e-3))  # lost where a weight is large
-    found = probe.at(1)
+    found = probe.measure_at(1)
     expected = sum(
         directions[name].double().flatten(1) @ (p.detach().double() - theta[name]).flatten()
         for name, p in model.named_parameters()
@@ -162,7 +162,7 @@ def test_weights_of_tokens_are_those_of_the_formulas(how):
     objectives = ["ga", "wga(alpha=2)", "npo(beta=0.5)", "npo(beta=0.5) + 3*nll", "rmu(layer=1)"]
     objectives += ["ga - 2*wga(alpha=2) + rmu(layer=1)"]
     probe = probe_of(model, objectives, reference_model=other, **how)
-    found = probe.at(0)["token_weight"]
+    found = probe.measure_at(0)["token_weight"]
     assert found.dims == ("objective", "sample", "token")
     own = [logprobs(model, row) for row in DATA["forget"]]
     theirs = [logprobs(other, row) for row in DATA["forget"]]
@@ -184,7 +184,7 @@ def test_weights_of_tokens_are_those_of_the_formulas(how):
 
 def test_tokens_with_weights_are_named():
     model = build("llama", torch.float64)
-    found = probe_of(model, ["ga", "gd"]).at(0)
+    found = probe_of(model, ["ga", "gd"]).measure_at(0)
     assert found["set"].values.tolist() == ["forget"] * 3 + ["retain"] * 2
     for i, row in enumerate([*DATA["forget"], *DATA["retain"]]):
         ids = [token for token in row["labels"] if token != -100]
@@ -198,7 +198,7 @@ def test_tokens_with_weights_are_named():
 def test_weights_of_alternatives_stand_behind_those_of_answers():
     rows = [row | {"alternative": samples([4, 6], 7)} for row in DATA["forget"]]
     model = build("llama", torch.float64)
-    found = probe_of(model, ["ga", "po"], forget=rows).at(0)
+    found = probe_of(model, ["ga", "po"], forget=rows).measure_at(0)
     ga, po = (found["token_weight"].sel(objective=name) for name in ("ga", "po"))
     assert (ga.notnull() == (found["sequence"] == 0)).all()
     assert (po.notnull() == (found["sequence"] > 0)).all()
@@ -207,7 +207,7 @@ def test_weights_of_alternatives_stand_behind_those_of_answers():
 
 
 def test_weights_by_position_are_left_out():
-    found = probe_of(build("llama", torch.float64), resolve=("sample", "position")).at(0)
+    found = probe_of(build("llama", torch.float64), resolve=("sample", "position")).measure_at(0)
     assert "token_weight" not in found and "position" in found.g_effect.dims
 
 
@@ -238,10 +238,10 @@ def test_steps_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
 
 def test_without_the_probe_before_nothing_is_predicted(tmp_path):
     model = build("llama", torch.float64)
-    before = probe_of(model, store=StepStore(tmp_path, "")).at(0)
+    before = probe_of(model, store=StepStore(tmp_path, "")).measure_at(0)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    found = probe_of(model, store=StepStore(tmp_path, "")).at(7, learning_rates=[1.0])
+    found = probe_of(model, store=StepStore(tmp_path, "")).measure_at(7, learning_rates=[1.0])
     assert found.predicted_update.isnull().all() and found.predicted_sgd.isnull().all()
     np.testing.assert_allclose(
         found.measured_change, found.risk_value - before.risk_value, rtol=1e-12
@@ -249,10 +249,10 @@ def test_without_the_probe_before_nothing_is_predicted(tmp_path):
 
 
 def test_steps_of_another_model_are_refused(tmp_path):
-    probe_of(build("llama", torch.float64), store=StepStore(tmp_path, "")).at(0)
+    probe_of(build("llama", torch.float64), store=StepStore(tmp_path, "")).measure_at(0)
     other = probe_of(build("llama", torch.float64, seed=1), store=StepStore(tmp_path, ""))
     with pytest.raises(InputError, match="step 0 was measured of another model: risk 'unlearn'"):
-        other.at(0)
+        other.measure_at(0)
 
 
 def test_a_run_is_told_by_its_data_objectives_settings_and_parameters():
@@ -321,14 +321,16 @@ def test_gradients_in_the_making_stay(tmp_path):
         p.grad = torch.randn_like(p)
     kept = [p.grad.clone() for p in model.parameters()]
     weights = copy.deepcopy(model.state_dict())
-    probe_of(model, ["ga", "npo + kl"], reference_model=build("llama", torch.float64, seed=1)).at(0)
+    probe_of(
+        model, ["ga", "npo + kl"], reference_model=build("llama", torch.float64, seed=1)
+    ).measure_at(0)
     assert all(torch.equal(p.grad, k) for p, k in zip(model.parameters(), kept, strict=True))
     assert all(torch.equal(v, weights[name]) for name, v in model.state_dict().items())
 
 
 def test_the_probe_measures_what_a_profile_does():
     model = build("llama", torch.float64)
-    found = probe_of(model, ["ga", "npo"]).at(0)
+    found = probe_of(model, ["ga", "npo"]).measure_at(0)
     expected = gf.profile(model, None, **DATA, objectives=["ga", "npo"], token_budget=64)
     xr.testing.assert_equal(found[list(expected.data_vars)], expected)
 
@@ -343,13 +345,13 @@ def test_the_optimizers_step_is_predicted_as_it_is_taken(kind):
     more = {"momentum": 0.9} if kind == "SGD" else {}
     optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-4, weight_decay=0.1, **more)
     probe = probe_of(model, ["wga(alpha=1)", "ga"], trained="ga")
-    probe.at(0, optimizer=optimizer)
+    probe.measure_at(0, optimizer=optimizer)
     for step in (1, 2, 3):
         optimizer.zero_grad()
         loss_of(model).backward()
         optimizer.step()
         before = copy.deepcopy(optimizer.state_dict())
-        found = probe.at(step, learning_rates=[1e-4], optimizer=optimizer)
+        found = probe.measure_at(step, learning_rates=[1e-4], optimizer=optimizer)
         assert torch.equal(
             before["state"][0]["momentum_buffer" if more else "exp_avg"],
             next(iter(optimizer.state.values()))["momentum_buffer" if more else "exp_avg"],
@@ -373,7 +375,7 @@ def test_effects_beside_are_those_of_a_profile_in_the_metric(engine, resolve, en
     optimizer.step()
     options = {"engine": engine, "resolve": resolve, "token_budget": 64, "objectives": ["ga"]}
     probe = probe_of(model, trained="ga", engine=engine, resolve=resolve)
-    beside = probe.at(0, optimizer=optimizer)
+    beside = probe.measure_at(0, optimizer=optimizer)
     alone = gf.profile(model, None, **DATA, **options, metric="adamw", optimizer=optimizer)
     plain = gf.profile(model, None, **DATA, **options)
     for found, expected in (
@@ -393,7 +395,7 @@ def test_an_optimizer_that_is_not_known_is_named_and_the_rest_stands():
     model = build("llama", torch.float64)
     optimizer = torch.optim.Adagrad(model.parameters())
     probe = probe_of(model, trained="ga")
-    found = probe.at(0, optimizer=optimizer)
+    found = probe.measure_at(0, optimizer=optimizer)
     assert "Adagrad is not known" in found.attrs["step_metric_note"]
     assert found.step_effect.isnull().all()
     assert found.step_effect.dims == ("objective", "risk", "parameter")
@@ -402,7 +404,9 @@ def test_an_optimizer_that_is_not_known_is_named_and_the_rest_stands():
         "parameter",
     )
     assert found.g_effect.notnull().all()
-    assert probe.at(1, learning_rates=[1], optimizer=optimizer).predicted_step.isnull().all()
+    assert (
+        probe.measure_at(1, learning_rates=[1], optimizer=optimizer).predicted_step.isnull().all()
+    )
 
 
 def test_the_second_order_of_a_step_is_closer_to_what_is_measured():
@@ -410,10 +414,10 @@ def test_the_second_order_of_a_step_is_closer_to_what_is_measured():
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     profiler = Profiler.of(model, None, **DATA, objectives=["ga"], token_budget=64)
     probe = Probe(profiler, StepStore(None, ""), trained="ga", second_order=True)
-    probe.at(0, optimizer=optimizer)
+    probe.measure_at(0, optimizer=optimizer)
     loss_of(model).backward()
     optimizer.step()
-    found = probe.at(1, learning_rates=[1e-4], optimizer=optimizer).sel(risk="unlearn")
+    found = probe.measure_at(1, learning_rates=[1e-4], optimizer=optimizer).sel(risk="unlearn")
     off = {
         name: abs(float(found[name] - found.measured_change))
         for name in ("predicted_step", "predicted_second")

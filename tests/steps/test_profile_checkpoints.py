@@ -116,7 +116,7 @@ def test_a_run_that_was_interrupted_goes_on_with_nothing_computed_twice(
     out, whole, tmp_path, monkeypatch
 ):
     after = 2
-    plain, calls = Probe.at, []
+    plain, calls = Probe.measure_at, []
 
     def stopping(self, step, **more):
         if len(calls) == after:
@@ -124,7 +124,7 @@ def test_a_run_that_was_interrupted_goes_on_with_nothing_computed_twice(
         calls.append(step)
         return plain(self, step, **more)
 
-    monkeypatch.setattr(Probe, "at", stopping)
+    monkeypatch.setattr(Probe, "measure_at", stopping)
     with pytest.raises(InterruptedRunError) as caught:
         gf.profile_checkpoints(out / "checkpoint-*", None, **GIVEN, out=tmp_path / "run")
     line = f"interrupted; what was measured to step {STEPS[after - 1]} is kept: go on with --resume"

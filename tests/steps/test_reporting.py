@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from events import expected, of_probes, scalars
-from models import build, samples
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from interrupted import StopAtThree
+from models import build, collated, samples
+from transformers import Trainer, TrainingArguments
 
 import geffect_fast as gf
 
 DATA = {name: samples([5, 4], i) for i, name in enumerate(("forget", "retain", "u"))}
 ROWS = samples([6] * 6, 4)
-
-
-def collated(rows):
-    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
 
 
 @pytest.fixture
@@ -80,12 +76,8 @@ def test_events_are_the_result_and_the_loss_is_logged_as_ever(train, tmp_path):
 
 
 def test_an_early_end_is_told_too(train, tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 3
-
     callback = probe(trained=None, objectives="ga")
-    train(Stop(), callback)
+    train(StopAtThree(), callback)
     found = of_probes(scalars(tmp_path / "events"))
     assert [step for step, _ in found["e_r"]] == [0, 2, 3]
     assert found == expected(callback.result, "ga")

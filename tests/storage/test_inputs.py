@@ -26,13 +26,6 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 
 
-@pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    folder = shutil.copytree(study, tmp_path / "here")
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def made(command):
     words = [command, *profile(reference="reference", objectives="npo")[1:]]
     if command == "sweep":

@@ -12,6 +12,7 @@ from synthetic import make_dataset
 from geffect_fast.arguments import make_config
 from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.storage.disk import REPLACED, UNFINISHED
+from geffect_fast.storage.lock import LOCK
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import check_free, open_run
 from geffect_fast.storage.save_run import save_run
@@ -19,7 +20,6 @@ from geffect_fast.storage.seal import write_sealed
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, NEW = (make_dataset(resolve=(), seed=seed) for seed in (1, 2))
-KILLS = 10
 
 
 def note(dataset, folder):
@@ -128,51 +128,50 @@ def overwrite(folder):
     save_run(folder, NEW, CONFIG, overwrite=True, report=more)
 
 
+BEFORE = {  # the files of the result change places, then those of its report
+    "the result is written": ("open", UNFINISHED, 2),
+    "the note": ("os.rename", REPLACED),
+    "the old result is set aside": ("os.rename", "results.nc"),
+    "the new files come": ("os.rename", "manifest.json", 2),
+    "the new result comes": ("os.rename", "results.nc", 2),
+    "the note goes": ("os.rename", REPLACED, 7),
+}
+BEHIND = {
+    "set aside files are removed": ("shutil.rmtree", UNFINISHED),
+    "their folder is removed": ("os.rmdir", UNFINISHED),
+    "a plot comes": ("os.rename", "plots/layers.png", 2),
+    "the note of the report goes": ("os.rename", REPLACED, 10),
+    "the end": ("os.remove", LOCK),
+}
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_the_old_run_or_the_new_one_is_there(tmp_path):
-    dice, found = random.Random(5), []
-    save_run(tmp_path / "counted", OLD, CONFIG, report=note)
-    killed(overwrite, tmp_path / "counted", None, tmp_path / "count")
-    count = int((tmp_path / "count").read_text())
-    assert count > 40
-    # Half of the kills are where files change places, at the end.
-    moments = [dice.randrange(1, count) for _ in range(KILLS // 2)]
-    moments += [dice.randrange(count // 2, count) for _ in range(KILLS)]
-    for number, moment in enumerate(moments):
-        folder = save_run(tmp_path / f"run{number}", OLD, CONFIG, report=note)
-        assert killed(overwrite, folder, moment)
-        result = open_run(folder)  # the next command, which restores files that were set aside
-        new = result.identical(NEW)
-        assert new or result.identical(OLD)
-        found.append(new)
-        save_run(folder, NEW, CONFIG, overwrite=True, report=more)  # removes the rest as well
-        xr.testing.assert_identical(whole(folder), NEW)
-        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-    assert {*found} == {False, True}
+@pytest.mark.parametrize("moment", BEFORE | BEHIND)
+def test_killed_at_any_moment_the_old_run_or_the_new_one_is_there(run, moment):
+    assert killed(overwrite, run, *(BEFORE | BEHIND)[moment])
+    # the next command restores files that were set aside
+    xr.testing.assert_identical(open_run(run), OLD if moment in BEFORE else NEW)
+    save_run(run, NEW, CONFIG, overwrite=True, report=more)  # removes the rest as well
+    xr.testing.assert_identical(whole(run), NEW)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
 def test_a_new_run_behind_a_killed_one_restores_it_first(run):
     """Without --overwrite too: the files that were set aside are the existing run."""
-    dice = random.Random(2)
-    for _ in range(5):
-        killed(overwrite, run, dice.randrange(60, 100))
+    for moment in (BEFORE["the new result comes"], BEHIND["a plot comes"]):
+        assert killed(overwrite, run, *moment)
         with pytest.raises(InputError, match=r"already holds results\.nc"):
             save_run(run, NEW, CONFIG)
         assert not [path for path in run.iterdir() if path.name.startswith((REPLACED, ".lock"))]
 
 
-def test_what_an_earlier_version_set_aside_is_put_back(run):
-    hidden = run / f"{REPLACED}abc"
-    hidden.mkdir()
-    for name in ("results.nc", "plots", "run.yaml", "summary.csv", MANIFEST):
-        (run / name).rename(hidden / name)
-    xr.testing.assert_identical(open_run(run), OLD)
-    whole(run)
-    hidden.mkdir()
-    (hidden / "results.nc").write_text("another")
-    with pytest.raises(InputError, match=rf"{hidden.name}, an earlier run .* move one of them"):
+def test_files_set_aside_without_a_note_are_left_alone(run):
+    aside = run / f"{REPLACED}abc/aside"
+    aside.mkdir(parents=True)
+    (run / "summary.csv").rename(aside / "summary.csv")
+    with pytest.raises(InputError, match=r"note\.json in it is missing or damaged; move"):
         open_run(run)
-    assert (hidden / "results.nc").read_text() == "another"
+    assert (aside / "summary.csv").is_file()
 
 
 def test_what_killed_processes_left_goes_with_the_next_run(run):

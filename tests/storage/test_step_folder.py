@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import xarray as xr
 from killed import killed
@@ -11,16 +9,22 @@ from synthetic import make_dataset
 
 from geffect_fast.arguments import make_config
 from geffect_fast.errors import InputError, InterruptedRunError, NonFiniteError
-from geffect_fast.storage.lock import locked
+from geffect_fast.storage.disk import REPLACED, UNFINISHED
+from geffect_fast.storage.lock import LOCK, locked
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import NEXT, STEPS, open_run
 from geffect_fast.storage.save_run import add_report, save_run
-from geffect_fast.storage.step_folder import begun, check_resumed, check_start, finish, kept
+from geffect_fast.storage.step_folder import (
+    check_resumed,
+    check_start,
+    finish,
+    new_run,
+    telling_what_is_kept,
+)
 from geffect_fast.storage.step_store import StepStore
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, *NEW = (make_dataset(resolve=(), seed=seed) for seed in (1, 2, 3))
-KILLS = 10
 
 
 def note(dataset, folder):
@@ -31,9 +35,9 @@ def go(out, resume=False, until=lambda step: None, **more):
     """A run of two steps, whose measurements take no time."""
     with locked(out):
         folder = check_start(out, resume, **more)
-        with kept(folder):
+        with telling_what_is_kept(folder):
             if not resume:
-                with begun(folder, CONFIG, {"--model": {}}):
+                with new_run(folder, CONFIG, {"--model": {}}):
                     pass
             store = StepStore(folder / STEPS, "mine")
             for step in range(2):
@@ -111,32 +115,40 @@ def overwrite(folder):
     go(folder, overwrite=True)
 
 
+BEFORE = {  # the new run is made, and its files take the place of the earlier ones
+    "the settings": ("os.rename", f"{NEXT}/.run.yaml"),
+    "a step is written": ("open", f"{NEXT}/steps/.step-00000001.nc", 2),
+    "a step": ("os.rename", f"{NEXT}/steps/.step-00000001.nc"),
+    "the result": ("os.rename", f"{NEXT}/results.nc"),
+    "the earlier result is set aside": ("os.rename", "results.nc"),
+    "a step comes": ("os.rename", "steps/step-00000001.nc"),
+    "the note goes": ("os.rename", REPLACED, 6),
+}
+BEHIND = {
+    "the folder goes": ("os.rename", f"{UNFINISHED}{NEXT}"),
+    "the summary comes": ("os.rename", "summary.csv", 2),
+    "the end": ("os.remove", LOCK),
+}
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_the_earlier_run_is_there_or_the_new_one(tmp_path, expected):
-    dice, found = random.Random(3), []
-    save_run(tmp_path / "counted", OLD, CONFIG, report=note)
-    killed(overwrite, tmp_path / "counted", None, tmp_path / "count")
-    count = int((tmp_path / "count").read_text())
-    for number in range(KILLS):
-        first = count // 2 if number % 2 else 1  # half of the kills are where files change places
-        folder = save_run(tmp_path / f"run{number}", OLD, CONFIG, report=note)
-        assert killed(overwrite, folder, dice.randrange(first, count))
-        result = open_run(folder)
-        found.append("step" in result.dims)
-        assert found[-1] or result.identical(OLD)
-        if not found[-1]:
-            try:
-                go(folder, resume=(folder / NEXT / "run.yaml").exists(), overwrite=False)
-            except InputError as error:  # nothing was begun, or the new run is whole
-                assert "is complete" in str(error) or "already holds results.nc" in str(error)
-                if "already holds" in str(error):
-                    go(folder, overwrite=True)
-        with locked(folder):
-            pass
-        if "summary.csv" not in Manifest.read(folder).files:  # killed when its numbers were there
-            add_report(folder, open_run(folder), note)
-        assert_new(folder, expected)
-    assert {*found} == {False, True}
+@pytest.mark.parametrize("moment", BEFORE | BEHIND)
+def test_killed_at_any_moment_the_earlier_run_is_there_or_the_new_one(run, expected, moment):
+    assert killed(overwrite, run, *(BEFORE | BEHIND)[moment])
+    result = open_run(run)
+    assert "step" in result.dims if moment in BEHIND else result.identical(OLD)
+    if moment in BEFORE:
+        begun = (run / NEXT / "run.yaml").exists()
+        assert begun == (moment != "the settings")
+        try:
+            go(run, resume=begun, overwrite=not begun)
+        except InputError as error:  # the new run is whole
+            assert "is complete" in str(error)
+    with locked(run):
+        pass
+    if "summary.csv" not in Manifest.read(run).files:  # killed when its numbers were there
+        add_report(run, open_run(run), note)
+    assert_new(run, expected)
 
 
 def test_other_inputs_are_not_gone_on_with(tmp_path):

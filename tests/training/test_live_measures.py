@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from models import build, samples
+from models import build, collated, samples, with_dropout
 from report_views import checked, rows_of, section, sections
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import geffect_fast as gf
@@ -34,11 +33,7 @@ NUMBERS = ("value", "value_low", "value_high")
 
 def dropping():
     """A GPT-2 that drops activations in training, so that drawn random numbers would show."""
-    model = build("gpt2")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.3
-    return model
+    return with_dropout(build("gpt2"), 0.3)
 
 
 def run(model, **more):
@@ -160,7 +155,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, whole, tmp_path
 
     for resume in (False, True):
         with pytest.raises(InterruptedRunError):
-            execute_unlearn(config, tmp_path / "run", told=interrupt, resume=resume)
+            execute_unlearn(config, tmp_path / "run", on_probe=interrupt, resume=resume)
     execute_unlearn(config, tmp_path / "run", resume=True)
     found, expected = (gf.open_run(folder) for folder in (tmp_path / "run", whole))
     xr.testing.assert_identical(found.drop_attrs(deep=False), expected.drop_attrs(deep=False))
@@ -229,9 +224,6 @@ def trained(folder, *callbacks):
         disable_tqdm=True,
         use_cpu=True,
     )
-
-    def collated(rows):
-        return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
 
     rows = samples([6] * 6, 4)
     Trainer(

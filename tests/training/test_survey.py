@@ -19,7 +19,7 @@ from geffect_fast.data import write_jsonl
 from geffect_fast.errors import GEffectWarning, InterruptedRunError
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.steps.probe import Probe
-from geffect_fast.training.survey import made_by, part_touched
+from geffect_fast.training.survey import part_touched, source_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
@@ -127,7 +127,7 @@ def test_cost_is_that_of_the_run_and_what_was_touched_is_counted(here, surveyed)
     assert float(surveyed["touched"].sel(model=name_of(surveyed, "here/model"))) == 0
     assert 0.5 < float(of["touched"]) <= 1
     (lost,) = [n for n in json.loads(surveyed.attrs["survey_notes"]) if n.startswith("Time")]
-    assert lost.endswith(f"and so not of {by_hand['model'].item()}.")
+    assert lost.endswith(f"so not of {by_hand['model'].item()}.")
 
 
 def test_the_folder_replays_and_is_shown_and_exported(here, surveyed, capsys):
@@ -211,7 +211,7 @@ def test_a_run_that_was_stopped_costs_what_its_updates_did(tmp_path, monkeypatch
             **{"steps": 5, "batch_size": 1, "probe_rows": 1, "out": tmp_path / "run", **more},
         )
 
-    own = Probe.at
+    own = Probe.measure_at
 
     def at(self, step, **more):
         if step == 3 and not stopped:
@@ -219,7 +219,7 @@ def test_a_run_that_was_stopped_costs_what_its_updates_did(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return own(self, step, **more)
 
-    monkeypatch.setattr(Probe, "at", at)
+    monkeypatch.setattr(Probe, "measure_at", at)
     with pytest.raises(InterruptedRunError):
         run()
     run(resume=True)
@@ -229,6 +229,6 @@ def test_a_run_that_was_stopped_costs_what_its_updates_did(tmp_path, monkeypatch
 
 
 def test_only_a_model_in_the_folder_of_a_run_was_made_by_one(folder):
-    assert made_by(str(folder / "model")) is None
-    assert made_by(str(folder / "ga/model")).config.objective == "ga"
-    assert made_by("someone/model") is None
+    assert source_run(str(folder / "model")) is None
+    assert source_run(str(folder / "ga/model")).config.objective == "ga"
+    assert source_run("someone/model") is None

@@ -247,7 +247,7 @@ def test_a_model_on_another_gpu_keeps_it_the_current_one(tmp_path, monkeypatch):
     assert now[0] == torch.device("cuda:0")
 
 
-def test_a_prompt_that_is_trained_is_gone_on_with(tmp_path):
+def test_a_trained_prompt_is_resumed(tmp_path):
     """An adapter computes the prompt weights that it saves: no parameter holds them."""
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model, other = (get_peft_model(build("llama"), settings) for _ in range(2))

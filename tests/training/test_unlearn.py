@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from models import build, samples
-from torch import nn
+from models import build, samples, with_dropout
 
 import geffect_fast as gf
 from geffect_fast.errors import InputError, NonFiniteError
@@ -38,11 +37,7 @@ def test_a_probe_is_the_profile_of_the_checkpoint_and_changes_nothing(tmp_path):
     given = {"probe_every": 2, "accumulation": 2, "scheduler": "linear", "objectives": ["ga"]}
 
     def fresh():
-        model = build("gpt2")
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.3
-        return model
+        return with_dropout(build("gpt2"), 0.3)
 
     result = run(fresh(), objective, out=tmp_path / "run", keep_checkpoints=True, **given)
     assert result.step.values.tolist() == [0, 2, 4]

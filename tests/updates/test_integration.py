@@ -10,6 +10,7 @@ from models import build
 from pairs import trainer_of
 
 import geffect_fast as gf
+from geffect_fast.capture.attribution import Attribution
 from geffect_fast.errors import InputError
 
 
@@ -88,6 +89,16 @@ def test_three_lines_train_an_adapter(tmp_path):
     assert float((ends[0] - ends[1]).norm()) > 1e-3
 
 
+def test_retain_rows_of_later_updates_are_not_tried_again(tmp_path, monkeypatch):
+    """Only the first update shows that rows belong to their samples."""
+    trials, weighted = [], Attribution.weighted
+    monkeypatch.setattr(Attribution, "weighted", lambda *a: trials.append(1) or weighted(*a))
+    trainer = trainer_of(build("llama"), tmp_path, steps=3, saves=False)
+    gf.integrations.use_update_rule(trainer, "orthograd")
+    trainer.train()
+    assert len(trials) == 1
+
+
 @pytest.mark.parametrize("rule", ["gru(gamma=0.3)", "sam(rho=0.05, sigma=0.01)", "gu"])
 def test_a_training_goes_on_bitwise_from_a_checkpoint(rule, tmp_path):
     def trained_to(steps, resume=None):
@@ -158,7 +169,7 @@ class TestRefusals:
         trainer = trainer_of(model, tmp_path)
         gf.integrations.use_update_rule(trainer, "gru")
         model.lm_head.requires_grad_(True)
-        with pytest.raises(InputError, match="other parameters ask for gradients than when"):
+        with pytest.raises(InputError, match="the trainable parameters changed since"):
             trainer.train()
 
     def test_something_that_is_no_trainer(self):

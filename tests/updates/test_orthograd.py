@@ -12,7 +12,7 @@ from itertools import combinations
 import pytest
 import torch
 from explicit import Explicit, OfRows, basis, cosine, flat, trained
-from models import build, fp64_throughout, samples
+from models import build, fp64_throughout, samples, with_dropout
 
 from geffect_fast.capture import Lookup, Outer, RowSum
 from geffect_fast.capture.segments import Offsets
@@ -201,9 +201,7 @@ def test_a_full_disk_is_one_line(monkeypatch):
     monkeypatch.setattr(kept_rows.tempfile, "TemporaryFile", Full)
     model = build("llama")
     losses = OfRows(model, FORGET, RETAIN, size=2)
-    with pytest.raises(
-        InputError, match=r"No space left on device; give fewer retain rows"
-    ) as told:
+    with pytest.raises(InputError, match=r"No space left on device; use fewer retain rows") as told:
         updated(model, losses, OrthoGrad(room=0))
     assert "\n" not in str(told.value)
     assert all(p.grad is None for p in model.parameters())
@@ -263,16 +261,13 @@ def test_a_rule_without_retain_rows_is_refused():
 def test_more_rows_than_memory_for_their_products_are_refused(monkeypatch):
     model = build("llama")
     monkeypatch.setattr("geffect_fast.updates.retain_rows.free_memory", lambda device: 1000)
-    with pytest.raises(InputError, match=r"products of 7 retain rows take .*; give fewer"):
+    with pytest.raises(InputError, match=r"products of 7 retain rows take .*; use fewer"):
         Updater(OrthoGrad(), model).update(OfRows(model, FORGET, RETAIN))
 
 
 def test_dropout_is_in_the_forget_pass_alone():
     """Rows are protected for the model without dropout, and its modules are as before."""
-    model = build("gpt2", torch.float64)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.3
+    model = with_dropout(build("gpt2", torch.float64), 0.3)
     explicit = Explicit(model, FORGET, RETAIN, 0.0)
     rows = explicit.rows()
     model.train()

@@ -14,7 +14,7 @@ from geffect_fast.updates import Updater, parse
 
 FORGET = samples([7, 12], 1, 2)
 RETAIN = [*samples([9, 9], 2, 3), {key: row[2:8] for key, row in FORGET[1].items()}]
-"""One of them is a part of a forget row, so that gradients are in conflict."""
+"""Retain rows, one of them a part of a forget row, so that gradients conflict."""
 SMOOTHINGS = [
     "sam(rho=0.05)",
     "sam(rho=0)",

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import traceback
 from dataclasses import replace
 
 import pytest
 import torch
 import xarray as xr
 from explicit import Explicit, cosine, flat, trained
+from killed import killed
 from models import build, fp64_throughout, samples
 from safetensors.torch import load_file
 
 import geffect_fast as gf
 from geffect_fast.arguments import checked_config
+from geffect_fast.capture.attribution import Attribution
 from geffect_fast.cli import main
 from geffect_fast.data import tokenize_rows
 from geffect_fast.errors import InputError
@@ -146,6 +147,18 @@ def test_where_memory_runs_out_the_update_is_redone_in_smaller_batches(tmp_path,
         torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_retain_rows_are_tried_once_an_objective(tmp_path, monkeypatch):
+    trials, weighted = [], Attribution.weighted
+    monkeypatch.setattr(Attribution, "weighted", lambda *a: trials.append(1) or weighted(*a))
+    model = build("llama")
+    for objective in ("ga", "ga + nll", "ga + 2*nll"):
+        trainer = trainer_of(model, objective, "orthograd", tmp_path)
+        for rows in (_all(), _all(), {"forget": [0, 1], "retain": [2, 1, 0, 1]}):
+            trainer.training_step(model, rows)
+            model.zero_grad()
+    assert len(trials) == 2
+
+
 @pytest.fixture
 def config(study):
     return {
@@ -157,26 +170,21 @@ def config(study):
     }
 
 
-def killed(config, folder, at_update):
-    """Run in a process of its own that is killed in an update."""
-    child = os.fork()
-    if child == 0:
-        try:
-            update, count = Updater.update, []
+def killed_in_update(config, folder, nth):
+    """Whether a run in a process of its own is killed in its n-th update."""
+    update, count = Updater.update, []
 
-            def counted(*args, **kwargs):
-                count.append(1)
-                if len(count) == at_update:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return update(*args, **kwargs)
+    def counted(*args, **kwargs):
+        count.append(1)
+        if len(count) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(*args, **kwargs)
 
-            Updater.update = counted
-            execute_unlearn(config, folder)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    def run(folder):
+        Updater.update = counted
+        execute_unlearn(config, folder)
+
+    return killed(run, folder)
 
 
 @pytest.mark.slow
@@ -193,7 +201,7 @@ def test_killed_and_resumed_it_is_bitwise_the_same_run(rule, more, config, tmp_p
     made = checked_config(UnlearnConfig, {**config, "update": rule, **more})
     whole, folder = tmp_path / "whole", tmp_path / "run"
     execute_unlearn(made, whole)
-    assert killed(made, folder, at_update=4) == -signal.SIGKILL
+    assert killed_in_update(made, folder, 4)
     assert (folder / "checkpoint-2/update_rule.pt").exists()
     execute_unlearn(made, folder, resume=True)
     found, expected = gf.open_run(folder), gf.open_run(whole)
@@ -215,7 +223,7 @@ def test_a_run_says_its_rule_and_another_does_not_resume_it(config, tmp_path, ca
     assert load_config(tmp_path / "run/run.yaml").update == "pcgrad(both=true)"
     capsys.readouterr()
     made = checked_config(UnlearnConfig, {**config, "update": "pcgrad"})
-    assert killed(made, tmp_path / "other", at_update=4) == -signal.SIGKILL
+    assert killed_in_update(made, tmp_path / "other", 4)
     words[3] = str(tmp_path / "other")
     assert main([*words, "--resume", "--update", "gru"]) == 2
     assert "update is gru" in capsys.readouterr().err
@@ -226,7 +234,7 @@ def test_a_rule_in_python_is_taken_as_its_string(config):
     assert made.update == "pcgrad(both=true)"
 
 
-def test_what_a_rule_protects_changes_nothing_of_what_is_forgotten():
+def test_forget_rows_are_drawn_alike_with_and_without_retain_rows():
     """Retain rows are drawn beside the forget rows, which are the same without them."""
     alone, beside = (
         Draws({"forget": (9, 4)}, 5, 3),

@@ -117,21 +117,21 @@ class Attention(Rule):
                 slope = slope.expand(m, *block).reshape(m, *scores.shape)
                 change = slope if change is None else change + slope
             if dv is None:
-                o, moved = torch.bmm(p, v[:, seen]), None
+                o, do = torch.bmm(p, v[:, seen]), None
             else:
                 # p is read once for the value and all directions
                 every = torch.cat([v[None, :, seen], dv[:, :, seen]])
                 every = every.permute(1, 2, 0, 3).reshape(size, -1, (1 + m) * d_value)
                 o_each = torch.bmm(p, every).view(size, rows, 1 + m, d_value).permute(2, 0, 1, 3)
-                o, moved = o_each[0], o_each[1:]
+                o, do = o_each[0], o_each[1:]
             if change is not None:
                 change = change * p
                 own_share = torch.matmul(change, v[:, seen])
                 own_share.addcmul_(change.sum(-1, keepdim=True), o, value=-1)
-                moved = own_share if moved is None else own_share.add_(moved)
+                do = own_share if do is None else own_share.add_(do)
             out[0, :, :, own] = o.reshape(size, groups, -1, d_value)
-            assert moved is not None
-            out[1:, :, :, own] = moved.reshape(m, size, groups, -1, d_value)
+            assert do is not None
+            out[1:, :, :, own] = do.reshape(m, size, groups, -1, d_value)
         return out.view(1 + m, *heads, n, d_value)
 
 

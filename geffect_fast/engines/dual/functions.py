@@ -58,7 +58,7 @@ _register_constants()
 # ---- shapes ----
 
 
-def moved(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The dual after a linear `change`, which acts on everything behind a leading axis."""
     if not isinstance(x, Dual):
         return NotImplemented
@@ -68,7 +68,7 @@ def moved(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def pieces(x: Any, cut: Callable[[Tensor], Sequence[Tensor]]) -> Any:
-    """As `moved`, for a function with several results."""
+    """As `mapped`, for a function with several results."""
     if not isinstance(x, Dual):
         return NotImplemented
     if x.whole is not None:
@@ -94,45 +94,45 @@ def _reshape(x: Any, *shape: Any) -> Any:
     if isinstance(shape[0], torch.dtype):
         return NotImplemented
     sizes = _given(shape)
-    return moved(x, lambda s: s.reshape(len(s), *sizes))
+    return mapped(x, lambda s: s.reshape(len(s), *sizes))
 
 
 @rule(Tensor.expand)
 def _expand(x: Any, *shape: Any) -> Any:
     sizes = _given(shape)
-    return moved(x, lambda s: lead(s, len(sizes)).expand(len(s), *sizes))
+    return mapped(x, lambda s: lead(s, len(sizes)).expand(len(s), *sizes))
 
 
 @rule(*both("transpose"), *both("swapaxes"))
 def _transpose(x: Any, dim0: int, dim1: int) -> Any:
-    return moved(x, lambda s: s.transpose(_at(dim0), _at(dim1)))
+    return mapped(x, lambda s: s.transpose(_at(dim0), _at(dim1)))
 
 
 @rule(*both("permute"))
 def _permute(x: Any, *dims: Any) -> Any:
-    return moved(x, lambda s: s.permute(0, *_at(_given(dims))))
+    return mapped(x, lambda s: s.permute(0, *_at(_given(dims))))
 
 
 @rule(Tensor.mT.__get__, Tensor.T.__get__, *both("t"))  # type: ignore[attr-defined]
 def _matrix_transpose(x: Any) -> Any:
-    return moved(x, lambda s: s.mT) if x.dim() == 2 else NotImplemented
+    return mapped(x, lambda s: s.mT) if x.dim() == 2 else NotImplemented
 
 
 @rule(*both("flatten"))
 def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     return (
-        moved(x, lambda s: s.flatten(_at(start_dim), _at(end_dim))) if x.dim() else NotImplemented
+        mapped(x, lambda s: s.flatten(_at(start_dim), _at(end_dim))) if x.dim() else NotImplemented
     )
 
 
 @rule(*both("unsqueeze"))
 def _unsqueeze(x: Any, dim: int) -> Any:
-    return moved(x, lambda s: s.unsqueeze(_at(dim)))
+    return mapped(x, lambda s: s.unsqueeze(_at(dim)))
 
 
 @rule(*both("squeeze"))
 def _squeeze(x: Any, dim: Any = None) -> Any:
-    return NotImplemented if dim is None else moved(x, lambda s: s.squeeze(_at(dim)))
+    return NotImplemented if dim is None else mapped(x, lambda s: s.squeeze(_at(dim)))
 
 
 @rule(*both("chunk"))
@@ -152,7 +152,7 @@ def _unbind(x: Any, dim: int = 0) -> Any:
 
 @rule(*both("index_select"))
 def _index_select(x: Any, dim: int, index: Tensor) -> Any:
-    return moved(x, lambda s: s.index_select(_at(dim), index))
+    return mapped(x, lambda s: s.index_select(_at(dim), index))
 
 
 @rule(Tensor.__getitem__)
@@ -162,7 +162,7 @@ def _getitem(x: Any, index: Any) -> Any:
     if sum(lists) > 1 or any(isinstance(i, bool | Dual) for i in index):
         return NotImplemented  # with several lists, the place of their axis depends on the others
     behind = (slice(None), *index)
-    return moved(x, lambda s: s[behind])
+    return mapped(x, lambda s: s[behind])
 
 
 @rule(Tensor.__setitem__)
@@ -175,12 +175,12 @@ def _setitem(x: Any, index: Any, value: Any) -> Any:
 
 @rule(*both("clone"))
 def _clone(x: Any, **_: Any) -> Any:
-    return moved(x, torch.clone)
+    return mapped(x, torch.clone)
 
 
 @rule(Tensor.contiguous)
 def _contiguous(x: Any, **_: Any) -> Any:
-    return moved(x, Tensor.contiguous)
+    return mapped(x, Tensor.contiguous)
 
 
 @rule(Tensor.requires_grad_)
@@ -191,16 +191,16 @@ def _itself(x: Any, *_: Any) -> Any:
 @rule(Tensor.to)
 def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = constant(args), constant(kwargs)
-    return moved(x, lambda s: s.to(*args, **kwargs))
+    return mapped(x, lambda s: s.to(*args, **kwargs))
 
 
 @rule(Tensor.type_as)
 def _type_as(x: Any, other: Tensor) -> Any:
-    return moved(x, lambda s: s.to(constant(other).dtype))
+    return mapped(x, lambda s: s.to(constant(other).dtype))
 
 
 for _method in (Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16):
-    rule(_method)(lambda x, _own=_method: moved(x, _own))
+    rule(_method)(lambda x, _own=_method: mapped(x, _own))
 
 
 @rule(*both("cat"), torch.concat)
@@ -233,13 +233,13 @@ def _stacks(tensors: Sequence[Tensor]) -> Any:
 @rule(*both("sum"))
 def _sum(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     over = _at(tuple(range(x.dim())) if dim is None else dim)
-    return moved(x, lambda s: s.sum(over, keepdim, dtype=dtype)) if x.dim() else NotImplemented
+    return mapped(x, lambda s: s.sum(over, keepdim, dtype=dtype)) if x.dim() else NotImplemented
 
 
 @rule(*both("mean"))
 def _mean(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     over = _at(tuple(range(x.dim())) if dim is None else dim)
-    return moved(x, lambda s: s.mean(over, keepdim, dtype=dtype)) if x.dim() else NotImplemented
+    return mapped(x, lambda s: s.mean(over, keepdim, dtype=dtype)) if x.dim() else NotImplemented
 
 
 @rule(*both("index_copy"))
@@ -307,7 +307,7 @@ def _rsub(x: Any, y: Any, *, alpha: Any = 1) -> Any:
 
 @rule(*both("neg"))
 def _neg(x: Any) -> Any:
-    return moved(x, torch.neg)
+    return mapped(x, torch.neg)
 
 
 @rule(*both("mul"), *both("multiply"))
@@ -319,7 +319,7 @@ def _mul(x: Any, y: Any) -> Any:
         x, y = y, x
     if not isinstance(y, Dual):
         n = y.dim() if isinstance(y, Tensor) else 0
-        return moved(x, lambda s: lead(s, n) * y)
+        return mapped(x, lambda s: lead(s, n) * y)
     n = max(x.dim(), y.dim())
     out = lead(x.stack, n) * y.primal
     out[1:].addcmul_(x.primal.to(out.dtype), lead(y.tangents, n).to(out.dtype))
@@ -331,7 +331,7 @@ def _div(x: Any, y: Any, *, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None or isinstance(y, Dual) or not _promoted_alike(x, y):
         return NotImplemented
     n = y.dim() if isinstance(y, Tensor) else 0
-    return moved(x, lambda s: lead(s, n) / y)
+    return mapped(x, lambda s: lead(s, n) / y)
 
 
 @rule(*both("matmul"), Tensor.__matmul__, *both("bmm"), *both("mm"))

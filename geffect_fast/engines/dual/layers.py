@@ -12,6 +12,7 @@ from torch import Tensor
 
 from geffect_fast.engines.dual.rule import Primals, Rule, Tangents, rows_at_a_time
 from geffect_fast.engines.dual.tensor import Dual, constant
+from geffect_fast.precision import widened
 
 
 class Linear(Rule):
@@ -102,9 +103,9 @@ class _Norm(Rule):
         dx, *dwb = tangents
         n = self._normed(x[None] if dx is None else torch.cat([x[None], dx]))
         out = None if dx is None else self._scaled(n[1:], weight)
-        moved = self._of_parameters(out, n[0], *dwb)
-        assert moved is not None
-        return moved.expand(-1, *y.shape).to(y.dtype)
+        out = self._of_parameters(out, n[0], *dwb)
+        assert out is not None
+        return out.expand(-1, *y.shape).to(y.dtype)
 
     def follow(self, *given: Any) -> Tensor:
         """The dual of `y`; the value goes through the same calls as the tangents."""
@@ -123,15 +124,15 @@ class _Norm(Rule):
 
     def _normed(self, stack: Tensor) -> Tensor:
         """The stack of `n` and its tangents for a stack of x, in fp32 at least."""
-        stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
+        stack = widened(stack)
         if self.centred:
             stack = stack - stack.mean(-1, keepdim=True)
         x = stack[0]
         r = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         n = stack * r
-        own, moved = n[0], n[1:]
-        along = torch.linalg.vecdot(own, moved)[..., None]
-        moved.addcmul_(own, along, value=-1 / x.shape[-1])
+        own, tangents = n[0], n[1:]
+        along = torch.linalg.vecdot(own, tangents)[..., None]
+        tangents.addcmul_(own, along, value=-1 / x.shape[-1])
         return n
 
     def _scaled(self, n: Tensor, weight: Tensor | None) -> Tensor:
@@ -222,18 +223,18 @@ class LabelNLL(Rule):
 
     def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
         logits, labels, nll = primals
-        moved = tangents[0]
-        assert moved is not None
+        dz = tangents[0]
+        assert dz is not None
         ignored = labels == self.ignored
         labels = labels.masked_fill(ignored, 0)
-        out = moved.new_empty(moved.shape[:2])
+        out = dz.new_empty(dz.shape[:2])
         step = rows_at_a_time(logits.shape[1], logits.device)
         for at in range(0, len(logits), step):
             own = slice(at, at + step)
             label = labels[own, None]
             # log-sum-exp is the label's logit plus its NLL
             p = (logits[own] - logits[own].gather(1, label) - nll[own, None]).exp_()
-            z = moved[:, own]
-            own_label = z.gather(2, label.expand(len(z), -1, 1))[..., 0]
-            out[:, own] = torch.linalg.vecdot(p, z) - own_label
+            block = dz[:, own]
+            own_label = block.gather(2, label.expand(len(block), -1, 1))[..., 0]
+            out[:, own] = torch.linalg.vecdot(p, block) - own_label
         return out.masked_fill_(ignored, 0)

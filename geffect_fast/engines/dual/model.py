@@ -133,7 +133,7 @@ class DualModel:
         at_rest = some.new_zeros(())
 
         def outputs(step: Tensor) -> tuple[Tensor, ...]:
-            with self.moving(directions, lambda p, along: _Moved(along)(p, step)):
+            with self.moving(directions, lambda p, along: _MovedParameter(along)(p, step)):
                 return model_outputs(self.plan.model, batch, needs).tensors()
 
         def dual(one: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -148,13 +148,13 @@ class DualModel:
 
     @contextmanager
     def moving(
-        self, directions: Mapping[str, Tensor], moved: Callable[[Tensor, Tensor], Tensor]
+        self, directions: Mapping[str, Tensor], make: Callable[[Tensor, Tensor], Tensor]
     ) -> Iterator[None]:
         """Inside, modules hold moving tensors in place of parameters that move, else constants.
 
         Args:
             directions: as `outputs` takes them.
-            moved: makes a moving tensor of a parameter's value and its whole direction.
+            make: makes a moving tensor of a parameter's value and its whole direction.
         """
         shards = self.plan.shards
 
@@ -173,7 +173,7 @@ class DualModel:
                     else:
                         with temporarily_clear_interpreter_stack():  # of the framework's transforms
                             along = came.pop(p).arrived() if p in came else None
-                    instead[p] = constant if along is None else moved(constant, along)
+                    instead[p] = constant if along is None else make(constant, along)
                 module._parameters[key] = instead[p]  # type: ignore[assignment]
 
         def put_back(places: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
@@ -237,7 +237,7 @@ class DualModel:
                 put_back(shards.places[group])
 
 
-class _Moved(Rule):
+class _MovedParameter(Rule):
     """The rule of `p + s v_m`, a parameter moved along its directions, at the step `s = 0`."""
 
     def __init__(self, along: Tensor) -> None:

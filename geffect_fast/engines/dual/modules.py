@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from geffect_fast.capture.keys import settings_of
 from geffect_fast.engines.dual.layers import Gated, RMSNorm
 from geffect_fast.engines.dual.modes import DualFunctions
-from geffect_fast.engines.remembered import Remembered, settings_of
+from geffect_fast.engines.remembered import Remembered
 from geffect_fast.transfer import on_device
 from geffect_fast.trying import Trying
 

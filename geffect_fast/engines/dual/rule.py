@@ -64,11 +64,11 @@ class Rule:
         if dual is not None:
             with _own_precision(dual.device.type):
                 return self.follow(*given)
-        out: Tensor = _Dual.apply(self, *given)
+        out: Tensor = _ValueFunction.apply(self, *given)
         return out
 
 
-class _Dual(Function):
+class _ValueFunction(Function):
     """A rule's value as a function of the framework; `jvp` calls the rule's own tangent."""
 
     @staticmethod
@@ -85,8 +85,9 @@ class _Dual(Function):
     def jvp(ctx: Any, _rule: None, *tangents: Tensor | None) -> Tensor | None:
         if all(t is None for t in tangents):
             return None
-        moved: Tensor = _Stacked.apply(ctx.rule, len(tangents), *tangents, *ctx.saved_tensors)
-        return moved
+        n = len(tangents)
+        out: Tensor = _TangentFunction.apply(ctx.rule, n, *tangents, *ctx.saved_tensors)
+        return out
 
     @staticmethod
     def vmap(
@@ -98,13 +99,13 @@ class _Dual(Function):
         return torch.vmap(rule.value, in_dims[1:])(*primals), 0
 
 
-class _Stacked(Function):
+class _TangentFunction(Function):
     """A rule's tangent as a function of the framework; `vmap` puts the directions side by side."""
 
     @staticmethod
     def forward(rule: Rule, n: int, *tensors: Tensor | None) -> Tensor:
         one = tuple(None if t is None else t[None] for t in tensors[:n])
-        return _moved(rule, tensors[n:], one)[0]
+        return _tangent_of(rule, tensors[n:], one)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -120,11 +121,11 @@ class _Stacked(Function):
             # a tensor without an axis of directions is the same along all
             return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
-        moved = tuple(map(stacked, tensors[:n], in_dims[2 : 2 + n]))
-        return _moved(rule, tensors[n:], moved), 0
+        tangents = tuple(map(stacked, tensors[:n], in_dims[2 : 2 + n]))
+        return _tangent_of(rule, tensors[n:], tangents), 0
 
 
-def _moved(rule: Rule, primals: Primals, tangents: Tangents) -> Tensor:
+def _tangent_of(rule: Rule, primals: Primals, tangents: Tangents) -> Tensor:
     with _own_precision(next(t for t in tangents if t is not None).device.type):
         return rule.tangent(primals, tangents)
 

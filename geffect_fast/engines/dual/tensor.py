@@ -224,7 +224,7 @@ def _by_framework(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return jvp(run, primals, tangents)[:2]
 
     try:
-        values, moved = vmap(along, out_dims=(None, 0))(  # type: ignore[arg-type]
+        values, tangents = vmap(along, out_dims=(None, 0))(  # type: ignore[arg-type]
             *(flat[i].tangents for i in at)
         )
     except Exception as error:  # a function that knows no duals may raise anything
@@ -232,8 +232,8 @@ def _by_framework(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             raise
         raise NoRuleError(f"{func}: {in_one_line(error)}") from error
     values, spec = tree_flatten(values)
-    moved = tree_flatten(moved)[0]
+    tangents = tree_flatten(tangents)[0]
     return tree_unflatten(
-        [Dual(x, t) if x.is_floating_point() else x for x, t in zip(values, moved, strict=True)],
+        [Dual(x, t) if x.is_floating_point() else x for x, t in zip(values, tangents, strict=True)],
         spec,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from geffect_fast.engines.dual.packing import PACKING, Packing
 from geffect_fast.engines.dual.tensor import NoRuleError
-from geffect_fast.engines.model_outputs import reach
+from geffect_fast.engines.model_outputs import attention_configs, reach
 
 SDPA, EAGER = "geffect_fast_dual_sdpa", "geffect_fast_dual_eager"
 """Names of the functions below. The first has no masks, the second has those of eager."""
@@ -34,7 +34,7 @@ def attention_apart(model: nn.Module, packing: Packing | None) -> Iterator[None]
         model: the model, whose configs are restored at the end.
         packing: the batch's packing; None: the batch is not packed, and the model runs as it is.
     """
-    configs = [] if packing is None else _configs(model)
+    configs = [] if packing is None else attention_configs(model)
     chosen = {config._attn_implementation for config in configs}
     name = None
     if packing is not None and chosen == {"sdpa"} and packing.longest <= reach(configs):
@@ -53,18 +53,6 @@ def attention_apart(model: nn.Module, packing: Packing | None) -> Iterator[None]
     finally:
         for config in configs:
             config._attn_implementation = before
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """The configs that say which attention runs; none where a module has attention of its own."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        if not getattr(module, "_supports_attention_backend", True):
-            return []
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
-            configs[id(config)] = config
-    return list(configs.values())
 
 
 def _register() -> None:

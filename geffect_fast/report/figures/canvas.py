@@ -39,7 +39,7 @@ _UPRIGHT = re.compile(r"\\mathdefault\{((?:[^{}]|\{[^{}]*\})*)\}")
 _POWER = re.compile(r"\^\{([^}]*)\}")
 _RAISED = str.maketrans("-−0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _PAD = 2 / 72
-"""Inches of ground around what is drawn."""
+"""Inches of ground around the visible part of a figure."""
 
 
 class PlainFigure(Figure):

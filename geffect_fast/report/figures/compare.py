@@ -126,7 +126,7 @@ def _trade_off(runs: xr.Dataset) -> PlainFigure | None:
     values = runs["risk_value"].transpose("risk", "run", "step").values
     with np.errstate(invalid="ignore"):  # infinity less infinity
         rises = dict(zip(risks, values - values[..., :1], strict=True))
-    removed, widths = rises[UNLEARN], _rise_widths(runs)
+    removed, half_widths = rises[UNLEARN], _rise_half_widths(runs)
     figure, panels = style.panels_for(len(others), width=6.2, height=4.4)
     for panel, risk in zip(panels, others, strict=True):
         across = style.fit_scale(panel.set_xscale, [*removed])
@@ -139,8 +139,8 @@ def _trade_off(runs: xr.Dataset) -> PlainFigure | None:
                 last = int(np.flatnonzero(finite)[-1])
                 off = (
                     (None, None)
-                    if widths is None
-                    else [widths[i, last, risks.index(each)] for each in (UNLEARN, risk)]
+                    if half_widths is None
+                    else [half_widths[i, last, risks.index(each)] for each in (UNLEARN, risk)]
                 )
                 panel.errorbar(
                     x[last], y[last], yerr=off[1], xerr=off[0], fmt="o", color=look["color"],
@@ -155,7 +155,7 @@ def _trade_off(runs: xr.Dataset) -> PlainFigure | None:
         style.set_titles(
             panel, f"what removal costs the {risk} set (dot: last finite step)", broken
         )
-    if widths is not None:
+    if half_widths is not None:
         style.note(figure, style.BARS_NOTE)
     style.legend_below(figure, panels[0])
     ends = (
@@ -169,8 +169,8 @@ def _trade_off(runs: xr.Dataset) -> PlainFigure | None:
     return figure
 
 
-def _rise_widths(runs: xr.Dataset) -> np.ndarray | None:
-    """Half the widths of intervals of rises since the first step, `(run, step, risk)`."""
+def _rise_half_widths(runs: xr.Dataset) -> np.ndarray | None:
+    """Half widths of the intervals of rises since the first step, `(run, step, risk)`."""
     if "risk_value_spread" not in runs:
         return None
     spreads = [risk_spreads(runs.isel(run=i)) for i in range(runs.sizes["run"])]

@@ -9,6 +9,7 @@ import numpy as np
 
 from geffect_fast.report.figures import style
 from geffect_fast.report.format import risk_words, shortened
+from geffect_fast.results.intervals import LEVEL
 from geffect_fast.results.risks import UNLEARN, effect_name, symbol
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from geffect_fast.report.figures.canvas import PlainFigure
 
 MARKED = 30
-"""Up to so many steps every one has a marker."""
+"""The most steps at which every step has a marker."""
 SHADED = 0.16
-"""How opaque the interval about a line is."""
-PARTS_NOTE = f"{style.SHADED_NOTE[:-1]} that objectives read."
-"""Those of other risks are not told apart by part."""
+"""Opacity of the shaded interval about a line."""
+PARTS_NOTE = f"Shaded: {100 * LEVEL:.0f} % intervals by the choice of the objectives' rows."
+"""The note on intervals by part of the model, which the rows of other risks do not widen."""
 
 
 def effect_words(risk: str) -> tuple[str, str]:

@@ -10,13 +10,13 @@ import numpy as np
 from geffect_fast.report.figures.style import (
     BARS_NOTE,
     COLOURS,
-    WANTED,
+    LINE_WANTED,
     blank_figure,
     style_of,
     zero_lines,
 )
-from geffect_fast.report.format import number
 from geffect_fast.report.summary.effects import bounds_of, labels, total
+from geffect_fast.report.summary.weights import goal_of
 from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import precision_error
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 _POINT, _GREY = "#444444", "#666666"
 MANY = 16
-"""Beyond so many objectives points are told apart by colour, a colour a family."""
+"""The most objectives whose points have labels. More points have a colour by family instead."""
 ROOM = 1.3
-"""How far beyond the curve and ga points are at their own place, as a multiple of their reach."""
+"""Multiple of the reach of the curve and ga. Points beyond it are drawn nearer to 0."""
 
 
 def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> PlainFigure:
@@ -52,8 +52,8 @@ def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> PlainFigure:
     zero_lines(panel)
     label = f"the best that token weights from 0 to {weight:g} do"
     panel.plot(e_u, e_r, color=COLOURS[1], linewidth=2, zorder=2, label=label)
-    at = float(best["e_u"]), float(best["e_r"])
-    panel.plot(*at, "*", color=COLOURS[1], markersize=15, zorder=4, label=f"chosen: {asked(best)}")
+    at, label = (float(best["e_u"]), float(best["e_r"])), f"chosen: {goal_of(best)}"
+    panel.plot(*at, "*", color=COLOURS[1], markersize=15, zorder=4, label=label)
 
     ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
     reach = np.abs([[*e_u, ga[0]], [*e_r, ga[1]]]).max(axis=1)
@@ -83,7 +83,7 @@ def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> PlainFigure:
     panel.set_ylabel("e_r (down: harms the rest)", fontsize=11)
     corner: dict[str, Any] = {"transform": panel.transAxes, "fontsize": 9}
     words = "wanted:\nremoves, spares the rest"
-    panel.text(0.02, 0.98, words, ha="left", va="top", color=WANTED, **corner)
+    panel.text(0.02, 0.98, words, ha="left", va="top", color=LINE_WANTED, **corner)
     if lost:
         panel.text(
             0.98,
@@ -137,18 +137,6 @@ def _colour(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
         at, colour = xy[families == family].T, style_of(i)["color"]
         panel.plot(*at, "o", color=colour, markersize=5, zorder=3, label=family)
     return []
-
-
-def asked(best: xr.Dataset) -> str:
-    """The goal and the limit of weights of `geffect_fast.optimal_weights`, in a few words."""
-    if "removal" in best.attrs:
-        return f"least harm for e_u ≤ {number(best.attrs['removal'], '.3g')}"
-    budget = best.attrs["retain_budget"]
-    return (
-        "most removal, at any harm"
-        if budget == np.inf
-        else f"most removal for e_r ≥ {number(-budget, '.3g')}"
-    )
 
 
 def _divisor(effect: np.ndarray, room: np.ndarray) -> float:

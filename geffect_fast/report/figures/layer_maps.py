@@ -9,7 +9,7 @@ import numpy as np
 from geffect_fast.report.figures import style
 from geffect_fast.report.figures.profile import NOISE_NOTE, mark_noise, part_ticks
 from geffect_fast.report.format import shortened
-from geffect_fast.report.summary.effects import by_place, labels, place_widths
+from geffect_fast.report.summary.effects import by_place, labels, place_half_widths
 from geffect_fast.results.risks import UNLEARN, effect_name
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> PlainFigure | None
     if placed is None:
         return None
     parts, values = placed
-    widths = place_widths(dataset, blocks=True)
+    half_widths = place_half_widths(dataset, blocks=True)
     steps = dataset["step"].values
     risks, present = labels(dataset, "risk"), labels(dataset, "objective")
     height = min(max(0.2 * len(parts), 2.2), 6.0)
@@ -45,15 +45,15 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> PlainFigure | None
         for m, (panel, risk) in enumerate(zip(row, risks, strict=True)):
             title = f"{effect_name(risk)} under {shortened(objective, 34)}"
             _map(figure, panel, steps, effect[:, m].T, risk, title)
-            if widths is not None:
-                mark_noise(panel, steps, effect[:, m].T, widths[:, k, m].T)
+            if half_widths is not None:
+                mark_noise(panel, steps, effect[:, m].T, half_widths[:, k, m].T)
             panel.set_yticks(list(ticks), list(ticks.values()) if m == 0 else [])
             panel.tick_params(labelsize=8, length=2)
     figure.supxlabel("update step", fontsize=10)
     figure.supylabel("part of the model, input (bottom) to output", fontsize=10)
     left_out = len(present) - len(objectives)
     note = f"each map has its own scale; {style.EFFECTS_NOTE}"
-    if widths is not None:
+    if half_widths is not None:
         note += f"; {NOISE_NOTE}"
     if left_out:
         note += f"; objectives left out: {left_out}"

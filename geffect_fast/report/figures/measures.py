@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -153,20 +153,22 @@ def _side_by_side(dataset: xr.Dataset) -> PlainFigure:
     step = len(names) + 0.8
     for panel, metric in zip(panels, metrics, strict=True):
         of = dataset.sel(metric=metric, set=sets)
-        there = [s for s, name in enumerate(sets) if _has_number(of.sel(set=name))]
-        top = {sets[s]: place * step for place, s in enumerate(there)}
+        there = measured_sets(dataset.sel(metric=[metric]))
+        top = {name: place * step for place, name in enumerate(there)}
         for i, name in enumerate(names):
             at = [top[each] + i for each in top]
-            if name in original and i == 0:
+            is_original = bool(original) and i == 0
+            if is_original:
                 value = of["original_value"].sel(set=[*top]).values
                 bounds = np.full((2, len(top)), np.nan)
             else:
                 own = of.sel(model=name, set=[*top])
                 value, bounds = own["value"].values, np.stack([own[b].values for b in _BOUNDS])
-            look = {"color": style.GREY} if name in original and i == 0 else _look(i, original)
+            # without the original, so that a method has the same colour as in `retention`
+            colour = style.GREY if is_original else style.style_of(i - len(original))["color"]
             marker = _MARKERS[i % len(_MARKERS)]
-            panel.hlines(at, *bounds, color=look["color"], linewidth=1.8, zorder=2)
-            panel.plot(value, at, marker, color=look["color"], markersize=5, label=name, zorder=3)
+            panel.hlines(at, *bounds, color=colour, linewidth=1.8, zorder=2)
+            panel.plot(value, at, marker, color=colour, markersize=5, label=name, zorder=3)
         middle = (len(names) - 1) / 2
         panel.set_yticks(
             [place + middle for place in top.values()], [shortened(n, 18) for n in top]
@@ -185,18 +187,6 @@ def _side_by_side(dataset: xr.Dataset) -> PlainFigure:
     marked = f", a mark a model: {', '.join(map(str, names))}" if names != [""] else ""
     figure.set_label(f"{', '.join(metrics)} by data set{marked}.")
     return figure
-
-
-def _look(i: int, original: Sequence[str]) -> dict[str, Any]:
-    """The style of the `i`-th name. The original of a control, which comes first, counts as none.
-
-    So a method has the same style as in `retention`.
-    """
-    return style.style_of(i - len(original))
-
-
-def _has_number(of: xr.Dataset) -> bool:
-    return bool(of["value"].notnull().any())
 
 
 # ---- retention ----

@@ -26,7 +26,7 @@ DRAWN: dict[str, tuple[Any, str]] = {
     "predicted_second": ((0, (5, 1, 1, 1, 1, 1)), "D"),
     "predicted_sgd": (":", "^"),
 }
-"""Dashes and markers of the predictions."""
+"""Dashes and marker of each prediction."""
 
 
 def prediction_figure(dataset: xr.Dataset) -> PlainFigure | None:
@@ -56,11 +56,11 @@ def prediction_figure(dataset: xr.Dataset) -> PlainFigure | None:
     spreads = risk_spreads(dataset)
     if spreads.shape[-1]:
         style.note(figure, style.SHADED_NOTE)
-        widths = half_width(spreads - np.roll(spreads, 1, axis=0))
+        half_widths = half_width(spreads - np.roll(spreads, 1, axis=0))
     for m, risk in enumerate(risks):
         bounds = None
         if spreads.shape[-1]:
-            bounds = (measured[:, m] + np.outer([-1, 1], widths[:, m]))[..., None]
+            bounds = (measured[:, m] + np.outer([-1, 1], half_widths[:, m]))[..., None]
         lines = {"measured": measured[:, m]}
         lines |= {f"predicted {PREDICTIONS[name]}": predicted[name][:, m] for name in found}
         trust = next(iter(found.values()))[risk].words

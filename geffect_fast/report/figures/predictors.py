@@ -8,6 +8,7 @@ import numpy as np
 
 from geffect_fast.report.figures import style
 from geffect_fast.report.format import bounds, number
+from geffect_fast.report.summary.effects import read_number
 from geffect_fast.report.summary.predictors import measured_pairs
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 FIGURE = "against_effects"
 SHOWN = ("e_u", "e_r", "collateral", "update_u", "update_r")
-"""Predictors that are drawn, where there are such; tables hold all."""
+"""Predictors that the figure shows where the result holds them. Tables show all predictors."""
 _WORDS = {
     "e_u": "e_u at the original model",
     "e_r": "e_r at the original model",
@@ -91,10 +92,9 @@ def _points(panel: Axes, of: xr.Dataset, name: str, look: dict[str, Any]) -> str
     x, y = of["effect"].values, of["change"].values
     there = np.isfinite(x) & np.isfinite(y)
     panel.scatter(x[there], y[there], s=22, alpha=0.8, linewidths=0, zorder=3, label=name, **look)
-    value = float(of["spearman"])
+    value, interval = read_number(of, "spearman")
     if np.isnan(value):
         return f"{name}: ρ –"
-    interval = float(of["spearman_low"]), float(of["spearman_high"])
     drawn = "" if np.isnan(interval[0]) else f" {bounds(interval, '+.2f')}"
     star = "*" if bool(of["beyond_noise"]) else ""
     return f"{name}: ρ {number(value, '+.2f')}{star}{drawn}"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.report.figures.style import (
-    UNWANTED,
-    WANTED,
+    LINE_UNWANTED,
+    LINE_WANTED,
     Drawings,
     blank_figure,
     effect_colours,
@@ -21,7 +21,7 @@ from geffect_fast.report.summary.effects import (
     by_sample,
     labels,
     named_once,
-    place_widths,
+    place_half_widths,
 )
 from geffect_fast.results.risks import UNLEARN, effect_name
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from geffect_fast.report.figures.canvas import PlainFigure
 
-NOISE_NOTE = "dots: within what the choice of the rows that objectives read moves"
+NOISE_NOTE = "dots: the interval by the choice of the objectives' rows holds 0"
 _QUADRANTS = (
     (0.02, 0.98, "left", "top", "removes,\nhelps the rest"),
     (0.02, 0.02, "left", "bottom", "removes,\nharms the rest"),
@@ -59,7 +59,7 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
     if placed is None:
         return None
     parts, values = placed
-    widths = place_widths(dataset, blocks=True)
+    half_widths = place_half_widths(dataset, blocks=True)
     objectives, risks = labels(dataset, "objective"), labels(dataset, "risk")
     width = min(max(0.42 * len(parts), 3.2), 12)
     figure = blank_figure(2.4 + len(risks) * (width + 0.9), 1.6 + 0.36 * len(objectives))
@@ -80,8 +80,8 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
             vmax=1,
             aspect="auto",
         )
-        if widths is not None:
-            mark_noise(panel, np.arange(len(parts)), effect, widths[:, m])
+        if half_widths is not None:
+            mark_noise(panel, np.arange(len(parts)), effect, half_widths[:, m])
         panel.set_facecolor("#999999")
         panel.set_title(f"{effect_name(risk)}: effect on the {risk_words(risk)}", fontsize=11)
         ticks = part_ticks(parts)
@@ -98,7 +98,7 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
     panels[0].set_ylabel("objective", fontsize=11)
-    noise = "" if widths is None else f"\n{NOISE_NOTE}"
+    noise = "" if half_widths is None else f"\n{NOISE_NOTE}"
     figure.supxlabel(f"part of the model, input to output (numbers: blocks){noise}", fontsize=11)
     bar = figure.colorbar(image, ax=panels, fraction=0.025, pad=0.01, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["unwanted", "0", "wanted"], fontsize=9)
@@ -106,16 +106,16 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
     return figure
 
 
-def mark_noise(panel: Axes, x: np.ndarray, values: np.ndarray, widths: np.ndarray) -> None:
+def mark_noise(panel: Axes, x: np.ndarray, values: np.ndarray, half_widths: np.ndarray) -> None:
     """Draw dots on the cells of a heat map `(rows, columns)` whose interval holds 0.
 
     Args:
         panel: panel of the map.
         x: middles of the map's columns.
         values: values of the cells.
-        widths: half the widths of the values' intervals; NaN: not known.
+        half_widths: half widths of the values' intervals; NaN: not known.
     """
-    rows, columns = np.nonzero((widths >= np.abs(values)) & (values != 0))
+    rows, columns = np.nonzero((half_widths >= np.abs(values)) & (values != 0))
     panel.plot(x[columns], rows, ".", color="#333333", markersize=3, rasterized=True)
 
 
@@ -150,8 +150,8 @@ def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
     zero_lines(panel)
     wanted = is_wanted(e_u, e_r)
     for of, colour, words in (
-        (finite & wanted, WANTED, "wanted: removes, spares the rest"),
-        (finite & ~wanted, UNWANTED, "unwanted: harms the rest, or does not remove"),
+        (finite & wanted, LINE_WANTED, "wanted: removes, spares the rest"),
+        (finite & ~wanted, LINE_UNWANTED, "unwanted: harms the rest, or does not remove"),
     ):
         panel.scatter(e_u[of], e_r[of], s=20, color=colour, alpha=0.65, linewidths=0, label=words)
     for values, limit in ((e_u[finite], panel.set_xlim), (e_r[finite], panel.set_ylim)):
@@ -163,7 +163,7 @@ def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
         panel.text(x, y, words, fontsize=7, color="#666666", ha=ha, va=va, transform=axes)
     if not finite.all():
         words = f"{(~finite).sum()} rows NaN or infinite"
-        panel.text(0.5, 0.6, words, ha="center", fontsize=8, color=UNWANTED, transform=axes)
+        panel.text(0.5, 0.6, words, ha="center", fontsize=8, color=LINE_UNWANTED, transform=axes)
     panel.locator_params(nbins=5)
     panel.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=True)
     panel.tick_params(labelsize=8)

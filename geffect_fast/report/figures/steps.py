@@ -19,7 +19,7 @@ from geffect_fast.report.figures.layer_maps import layer_maps
 from geffect_fast.report.figures.measures import measures_figure
 from geffect_fast.report.figures.prediction import prediction_figure
 from geffect_fast.report.format import number, risk_words, shortened
-from geffect_fast.report.summary.effects import by_place, labels, place_widths, thinned
+from geffect_fast.report.summary.effects import by_place, labels, place_half_widths, thinned
 from geffect_fast.report.summary.measures import live_measures
 from geffect_fast.report.summary.step_findings import outcome_sentence
 from geffect_fast.report.summary.steps import Steps
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from geffect_fast.report.figures.canvas import PlainFigure
 
 SHOWN = 8
-"""Of more objectives than this, some are drawn; the trained one always is."""
+"""The most objectives that are drawn. The trained one is always among them."""
 MAPPED = 3
-"""Of so many objectives layers and token weights are drawn."""
+"""The most objectives whose layers and token weights are drawn."""
 BANDS = ((0.0, 1.0, 0.12), (0.05, 0.95, 0.2), (0.25, 0.75, 0.35))
-"""Quantiles between which token weights are shaded, and how darkly."""
+"""Bands of token weights: the lower and the upper quantile, and the opacity of the shade."""
 
 
 def step_figures(dataset: xr.Dataset) -> dict[str, PlainFigure]:
@@ -133,10 +133,10 @@ def _groups(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
         return None
     parts, values = placed
     at = labels(dataset, "objective").index(read.objectives[0])
-    effects, widths = values[:, at].swapaxes(1, 2), place_widths(dataset, blocks=False)
+    effects, half_widths = values[:, at].swapaxes(1, 2), place_half_widths(dataset, blocks=False)
     bounds = None
-    if widths is not None:
-        off = widths[:, at].swapaxes(1, 2)
+    if half_widths is not None:
+        off = half_widths[:, at].swapaxes(1, 2)
         bounds = np.stack([effects - off, effects + off])
     names = [part.replace("_", " ") for part in parts]
     title = f"Parts of the model under {shortened(read.objectives[0], 70)}"
@@ -179,10 +179,10 @@ def _norms(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
         positive = all((line > 0).all() for line in lines.values())
         title = f"gradients of the {what}"
         draw_lines(panel, read.steps, lines, title=title, words="norm", positive=positive)
-        handles, names = panel.get_legend_handles_labels()
+        handles, shown = panel.get_legend_handles_labels()
         panel.legend(
             handles,
-            [shortened(name, 40) for name in names],
+            [shortened(label, 40) for label in shown],
             loc="upper left",
             bbox_to_anchor=(0, -0.2),
             fontsize=8,

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from geffect_fast.report.figures.canvas import PlainFigure
 
 Drawings = dict[str, Callable[[], "PlainFigure | None"]]
-"""How figures are made, by file stem; None: the result holds nothing for one."""
+"""Functions that draw figures, by file stem; None: the result holds nothing for the figure."""
 
-WANTED, UNWANTED = "#1f7fcb", "#c4640f"
-"""The blue and orange of token views, for dots and lines, which need more contrast."""
+LINE_WANTED, LINE_UNWANTED = "#1f7fcb", "#c4640f"
+"""Darker shades of the token views' blue and orange, as dots and lines need more contrast."""
 COLOURS = (
     "#000000",
     "#117733",
@@ -36,20 +36,20 @@ COLOURS = (
     "#8866CC",
     "#4D5D00",
 )
-"""Of lines and marks that are told apart by name: neither blue nor orange, which say what is
-wanted. Dashes and markers tell them apart where a colour vision does not."""
+"""Colours of lines and marks that stand for names. None is blue or orange, which mean wanted and
+unwanted. Dashes and markers tell lines apart where a reader's colour vision does not."""
 DASHES = ("-", "--", "-.", ":")
 GREY = "#555555"
 PANEL = 4.4
-"""Inches that a panel is wide."""
+"""Width of a panel in inches."""
 
 WIDE = 50.0
-"""Values whose largest is so many times the ordinary one are drawn on a logarithmic scale."""
+"""Ratio of the largest to the ordinary value beyond which the scale is logarithmic."""
 SHADED_NOTE = f"Shaded: {100 * LEVEL:.0f} % intervals by the choice of the rows."
 BARS_NOTE = f"Bars: {100 * LEVEL:.0f} % intervals by the choice of the rows."
 EFFECTS_NOTE = "blue: wanted (e_u below 0, any other above), orange: unwanted"
 DECADES = 6
-"""The most decades that such a scale shows on one side of zero."""
+"""The most decades that a logarithmic scale shows on one side of zero."""
 
 
 def drawn(drawings: Drawings) -> dict[str, PlainFigure]:

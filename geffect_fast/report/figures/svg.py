@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from geffect_fast.report.figures.canvas import PlainFigure
 
 LARGEST = 1.45
-"""Pixels of the page that a point of a figure is at most."""
+"""The most pixels of the page that a point of a figure takes."""
 WIDTH = 4.5
-"""Inches, a figure's of 72 points, that a panel is wide: what a phone shows in its own size."""
+"""Width of a panel in inches of 72 points. A phone shows a panel of this width in full size."""
 
 _UNSIGNED = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _OF_FILES = re.compile(

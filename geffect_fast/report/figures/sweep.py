@@ -25,9 +25,9 @@ _ROWS = {
     "collateral": "collateral\n(lower: less harm\nper removal)",
 }
 LEGEND, NAMED = 10, 10
-"""How many lines or families a legend holds, and how many of a front's objectives are named."""
+"""The most lines or families that a legend holds, and the most objectives of a front with names."""
 BARS = 24
-"""Of more objectives than this not all have their intervals drawn."""
+"""The most objectives whose intervals are drawn. Of more, the front's are, or its named ones."""
 
 
 def sweep_drawings(dataset: xr.Dataset) -> style.Drawings:
@@ -119,14 +119,14 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     limits = panel.axis()
     if limits[0] < 0 < limits[3]:
         panel.fill_between(
-            [limits[0], 0], 0, limits[3], color=style.WANTED, alpha=0.07, linewidth=0
+            [limits[0], 0], 0, limits[3], color=style.LINE_WANTED, alpha=0.07, linewidth=0
         )
         panel.axis(limits)
     panel.text(
         0.015,
         0.98,
         "wanted: removes, spares the rest",
-        color=style.WANTED,
+        color=style.LINE_WANTED,
         fontsize=10,
         fontweight="bold",
         ha="left",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from geffect_fast.report.figures.canvas import PlainFigure
 
 MOST_ROWS = 200
-"""Rows of a table beyond which some are left out."""
+"""The most rows of a table. A longer table leaves rows out."""
 
 
 @dataclass(frozen=True)
@@ -83,32 +83,32 @@ class HeatMap:
         columns: Sequence[str],
         names: Sequence[str],
         values: np.ndarray,
-        widths: np.ndarray | None = None,
+        half_widths: np.ndarray | None = None,
     ) -> HeatMap:
         """Make a map of effects `(names, columns)`. NaN and infinite effects are marked.
 
-        `widths` are half the widths of the effects' intervals. An effect whose interval holds 0
-        stands in brackets and has no colour.
+        `half_widths` are those of the effects' intervals. An effect whose interval holds 0 stands
+        in brackets and has no colour.
         """
         rows = []
-        offs = np.full(values.shape, np.nan) if widths is None else widths
+        offs = np.full(values.shape, np.nan) if half_widths is None else half_widths
         for name, effect, off in zip(names, values, offs, strict=True):
             size = float(np.abs(effect[np.isfinite(effect)]).max(initial=0.0))
             cells = [
-                _heat_cell(risk, int(level), float(value), float(width))
-                for level, value, width in zip(levels(effect, size), effect, off, strict=True)
+                _heat_cell(risk, int(level), float(value), float(half_width))
+                for level, value, half_width in zip(levels(effect, size), effect, off, strict=True)
             ]
             rows.append((name, number(size, ".2g"), cells))
         return HeatMap(caption, [c.replace("_", " ") for c in columns], rows)
 
 
-def _heat_cell(risk: str, level: int, value: float, width: float) -> tuple[int, str, str]:
-    """Goodness, mark and exact value of an effect; `width` is half its interval, NaN: unknown."""
+def _heat_cell(risk: str, level: int, value: float, half_width: float) -> tuple[int, str, str]:
+    """Goodness, mark and exact value of an effect; a half width of NaN is not known."""
     exact = spoken(value)
-    if not math.isfinite(width) or not math.isfinite(value):
+    if not math.isfinite(half_width) or not math.isfinite(value):
         return goodness(risk, level), mark(risk, level), exact
-    exact = f"{exact} [{spoken(value - width)}, {spoken(value + width)}]"
-    if width < abs(value) or not level:
+    exact = f"{exact} [{spoken(value - half_width)}, {spoken(value + half_width)}]"
+    if half_width < abs(value) or not level:
         return goodness(risk, level), mark(risk, level), exact
     return 0, f"({level:+d})", exact
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from geffect_fast.report.figures.compare import comparison_figures
 from geffect_fast.report.figures.layer_maps import layer_maps
 from geffect_fast.report.figures.prediction import prediction_figure
-from geffect_fast.report.format import cell, cell_with_interval, interval_line, risk_words
+from geffect_fast.report.format import interval_line, number, number_with_interval, risk_words
 from geffect_fast.report.html.blocks import Block, Items, Table, Text, drawn_blocks, notes_of
 from geffect_fast.report.html.profile import scatters
 from geffect_fast.report.html.steps import COST_NOTE, full_table, prediction_table
 from geffect_fast.report.summary.effects import by_sample, labels
-from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.findings import where_sentence
 from geffect_fast.report.summary.run_findings import comparison_finding
 from geffect_fast.report.summary.runs import comparison_intervals, comparison_rows
 from geffect_fast.report.summary.step_findings import (
@@ -73,7 +73,7 @@ def verdicts(both: xr.Dataset) -> list[Block]:
     """A table of the outcome of each run, over the steps that all runs share."""
     rows, intervals = comparison_rows(both), comparison_intervals(both)
     steps, risks = both["step"].values, labels(both, "risk")
-    equal = cell(rows[0]["equal_removal"], ".2g")
+    equal = number(rows[0]["equal_removal"], ".2g")
     columns = {"harm_at_equal_removal": (f"harm at {equal}", ".3g")}
     columns |= {f"rise_{risk}": (f"rise of the {risk_words(risk)}", "+.3g") for risk in risks}
     table = Table(
@@ -83,10 +83,10 @@ def verdicts(both: xr.Dataset) -> list[Block]:
             [
                 row["run"],
                 row["verdict"],
-                cell_with_interval(row["cost"], of.get("cost"), ".3g"),
+                number_with_interval(row["cost"], of.get("cost"), ".3g"),
                 row["objective"] if trained else "checkpoints",
                 *(
-                    cell_with_interval(row[name], of.get(name), spec)
+                    number_with_interval(row[name], of.get(name), spec)
                     for name, (_, spec) in columns.items()
                 ),
             ]
@@ -113,7 +113,7 @@ def answer(
     """
     blocks: list[Block] = [Text(comparison_finding(both), "lead")]
     for name, dataset in runs.items():
-        where = findings(models[name].sel(objective=[lead_objective(dataset)]))[1]
+        where = where_sentence(models[name].sel(objective=[lead_objective(dataset)]))
         said = [
             outcome_sentence(dataset),
             turning_sentence(Steps.of(dataset)),

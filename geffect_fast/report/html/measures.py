@@ -9,7 +9,7 @@ import numpy as np
 
 from geffect_fast.report.figures.measures import measure_figures
 from geffect_fast.report.figures.predictors import FIGURE
-from geffect_fast.report.format import cell
+from geffect_fast.report.format import number, question
 from geffect_fast.report.html.blocks import (
     MOST_ROWS,
     Block,
@@ -23,18 +23,19 @@ from geffect_fast.report.html.blocks import (
 from geffect_fast.report.html.predictors import predictor_blocks
 from geffect_fast.report.summary.effects import thinned
 from geffect_fast.report.summary.measures import (
+    NO_NUMBER,
     is_control,
     is_relearning,
     meanings,
     measure_findings,
+    measure_notes,
     measured_metrics,
     measured_sets,
-    notes,
+    number_with_bounds,
     place_axis,
     share_head,
     share_note,
     share_rows,
-    shown,
 )
 from geffect_fast.report.summary.predictors import is_against_effects, prediction_sentence
 from geffect_fast.report.summary.survey import (
@@ -48,9 +49,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _ROWS = 20
-"""Rows of the data that are listed."""
+"""The most rows of the data that the table of rows lists."""
 _WIDTH = 90
-"""Characters of a row's question."""
+"""The most characters of a row's question that the table of rows shows."""
 
 
 def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
@@ -64,7 +65,7 @@ def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
         "effects": (predictor_blocks(dataset) if against else []) + drawn_blocks(figures, [FIGURE]),
         "survey": survey(dataset) if is_survey(dataset) else [],
         "curves": drawn_blocks(figures, ["measures", "relearned"]),
-        "measures": [*tables(dataset), *notes_of(notes(dataset))],
+        "measures": [*tables(dataset), *notes_of(measure_notes(dataset))],
         "instances": rows(dataset),
         "signs": [Items(meanings(dataset))] if meanings(dataset) else [],
     }
@@ -72,7 +73,7 @@ def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
 
 def answer(dataset: xr.Dataset) -> list[Block]:
     """The findings on measures, in sentences."""
-    found = measure_findings(dataset) or ["No metric has a number of any set."]
+    found = measure_findings(dataset) or [NO_NUMBER]
     if is_against_effects(dataset):
         found = [prediction_sentence(dataset), *found]
     lead, *more = found
@@ -96,11 +97,15 @@ def survey(dataset: xr.Dataset) -> list[Block]:
     return [table, *notes_of(survey_notes(dataset))]
 
 
-def tables(dataset: xr.Dataset) -> list[Block]:
+def tables(dataset: xr.Dataset, held: str = "evaluation.nc holds") -> list[Block]:
     """Tables of every number with its bounds.
 
     One model has one table. Several models, or several steps, have a table a metric. A relearning
     has a table a metric and set.
+
+    Args:
+        dataset: measures, or the live measures of a step result.
+        held: the files that hold all numbers, for the note on what the tables leave out.
     """
     if is_relearning(dataset):
         return _by_step_and_model(dataset)
@@ -111,7 +116,7 @@ def tables(dataset: xr.Dataset) -> list[Block]:
             [
                 metric,
                 str(dataset["statistic"].sel(metric=metric).item()),
-                *(shown(dataset.sel(metric=metric, set=name)) for name in sets),
+                *(number_with_bounds(dataset.sel(metric=metric, set=name)) for name in sets),
             ]
             for metric in metrics
         ]
@@ -127,10 +132,11 @@ def tables(dataset: xr.Dataset) -> list[Block]:
             here = of.isel({axis: at})
             name = str(here[axis].item())
             share = f", {float(here['alpha_chosen']):.3g} of it" if is_control(dataset) else ""
-            listed.append([f"{name}{share}", *(shown(here.sel(set=each)) for each in sets)])
+            numbers = (number_with_bounds(here.sel(set=each)) for each in sets)
+            listed.append([f"{name}{share}", *numbers])
         caption = f"{metric} ({of['statistic'].item()})"
         blocks.append(Table(caption, ["" if is_control(dataset) else axis, *sets], listed))
-    return [*blocks, *left_out(dataset.sizes[axis], f"{axis}s", len(places), "evaluation.nc holds")]
+    return [*blocks, *left_out(dataset.sizes[axis], f"{axis}s", len(places), held)]
 
 
 def _originals(of: xr.Dataset, sets: list[str]) -> list[list[str]]:
@@ -139,7 +145,7 @@ def _originals(of: xr.Dataset, sets: list[str]) -> list[list[str]]:
     for method in of["model"].values.tolist():
         rows[f"{method}, without mixing"] = of["unlearned_value"].sel(model=method)
     return [
-        [name, *(cell(float(values.sel(set=each)), ".3g") for each in sets)]
+        [name, *(number(float(values.sel(set=each)), ".3g") for each in sets)]
         for name, values in rows.items()
     ]
 
@@ -155,7 +161,10 @@ def _by_step_and_model(dataset: xr.Dataset) -> list[Block]:
             if bool(of["value"].isnull().all()):
                 continue
             listed = [
-                [str(steps[at]), *(shown(of.isel(step=at).sel(model=model)) for model in models)]
+                [
+                    str(steps[at]),
+                    *(number_with_bounds(of.isel(step=at).sel(model=model)) for model in models),
+                ]
                 for at in places
             ]
             blocks.append(Table(f"{metric}: {name}", ["update", *models], listed))
@@ -179,7 +188,7 @@ def rows(dataset: xr.Dataset) -> list[Block]:
     order = np.argsort(-np.where(np.isnan(values), -np.inf, values).max(axis=1), kind="stable")
     names = [_column(columns, at) for at in of["column"].values] if columns else [metrics[0]]
     listed = [
-        [_words(of, int(at)), *(cell(float(value), ".3g") for value in values[at])]
+        [_row_name(of, int(at)), *(number(float(value), ".3g") for value in values[at])]
         for at in order[:_ROWS]
     ]
     caption = f"By {metrics[0]}, the highest first"
@@ -196,8 +205,7 @@ def _column(axes: list[str], at: object) -> str:
     )
 
 
-def _words(of: xr.DataArray, at: int) -> str:
-    """A row's number and its question, which is cut to `_WIDTH`."""
-    text = " ".join(str(of["question"].values[at]).split()) if "question" in of.coords else ""
-    cut = text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1].rstrip()}…"
-    return f"{of['sample'].values[at]}: {cut}" if cut else str(of["sample"].values[at])
+def _row_name(of: xr.DataArray, at: int) -> str:
+    """A row's number and its question, which is shortened to `_WIDTH`."""
+    row, asked = str(of["sample"].values[at]), question(of, at, _WIDTH)
+    return f"{row}: {asked}" if asked else row

@@ -19,8 +19,8 @@ from geffect_fast.report.summary.measures import (
     is_control,
     is_evaluation,
     is_relearning,
+    measure_notes,
     measured_metrics,
-    notes,
     place_axis,
 )
 from geffect_fast.report.summary.predictors import is_against_effects
@@ -194,7 +194,7 @@ def _page(title: str, about: str, blocks: Mapping[str, list[Block]], **headings:
         title=title,
         about=about,
         sections=sections,
-        foot="Made by geffect_fast. This page is whole: it loads nothing.",
+        foot="Made by geffect_fast. This page is complete: it loads nothing from elsewhere.",
     )
 
 
@@ -233,7 +233,7 @@ def top_blocks(dataset: xr.Dataset) -> list[Block]:
         elif is_against_effects(dataset):
             tables = predictor_blocks(dataset)
         else:
-            tables = [*measures.tables(dataset), *notes_of(notes(dataset))]
+            tables = [*measures.tables(dataset), *notes_of(measure_notes(dataset))]
         return [Text(_what(dataset), "label"), Text(about, "note"), *found, *tables]
     if is_comparison(dataset):
         title = Text(_compared(dataset.sizes["run"]), "label")
@@ -256,7 +256,7 @@ def _compared(n: int) -> str:
 def _what(dataset: xr.Dataset) -> str:
     if is_evaluation(dataset):
         what = "Unlearning with control" if is_control(dataset) else "Measures"
-        what = "What comes back" if is_relearning(dataset) else what
+        what = "Relearning" if is_relearning(dataset) else what
         return "Measures beside effects" if is_against_effects(dataset) else what
     if not has_steps(dataset):
         return "Sweep" if is_sweep(dataset) else "Unlearning objectives"
@@ -309,20 +309,27 @@ def _made(runs: Mapping[str, xr.Dataset], configs: Mapping[str, Mapping[str, Any
 
 
 _ATTRIBUTES = (
-    *(
-        "command",
-        "trained_objective",
-        "checkpoints",
-        "suite",
-        "max_new_tokens",
-        "risk",
-        "reduction",
-        "engine",
-    ),
-    *("engine_reason", "layout", "dtype", "precision_error", "precision_samples"),
-    *("precision_note", "token_budget", "exchanged", "n_forget", "n_retain", "created"),
+    "command",
+    "trained_objective",
+    "checkpoints",
+    "suite",
+    "max_new_tokens",
+    "risk",
+    "reduction",
+    "engine",
+    "engine_reason",
+    "layout",
+    "dtype",
+    "precision_error",
+    "precision_samples",
+    "precision_note",
+    "token_budget",
+    "exchanged",
+    "n_forget",
+    "n_retain",
+    "created",
 )
-"""What a result says of how it was made, where its config does not."""
+"""Attributes that say how a result was made. Those that the run's config holds are left out."""
 
 
 def _written(value: Any) -> str:

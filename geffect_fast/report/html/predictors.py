@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from geffect_fast.report.format import cell, cell_with_interval
+from geffect_fast.report.format import number, number_with_interval
 from geffect_fast.report.html.blocks import Block, Table, notes_of
+from geffect_fast.report.summary.effects import read_number
 from geffect_fast.report.summary.predictors import (
     EFFECTS,
     EFFECTS_NOTE,
@@ -40,7 +41,8 @@ def _known(dataset: xr.Dataset) -> Table:
     rows = []
     for run in dataset["run"].values.tolist():
         of = dataset.sel(run=run)
-        cells = [_number(of.sel(predictor=name), "effect", "+.2g") for name in predictors]
+        known = (read_number(of.sel(predictor=name), "effect") for name in predictors)
+        cells = [number_with_interval(*each, "+.2g") for each in known]
         rows.append([run, str(of["objective"].item()), *cells])
     head = ["run", "objective", *predictors]
     return Table("What is known at the original model", head, rows, frozenset([0, 1]))
@@ -55,8 +57,8 @@ def _beside(dataset: xr.Dataset, name: str) -> Table:
         rows.append(
             [
                 run,
-                *(cell(float(of["effect"].sel(predictor=each)), "+.2g") for each in EFFECTS),
-                *(cell(float(of["change"].sel(metric=metric)), "+.3g") for metric in metrics),
+                *(number(float(of["effect"].sel(predictor=each)), "+.2g") for each in EFFECTS),
+                *(number(float(of["change"].sel(metric=metric)), "+.3g") for metric in metrics),
             ]
         )
     where = "of all sets together" if name == "all" else f"on {name}"
@@ -72,13 +74,7 @@ def _ranks(dataset: xr.Dataset) -> Table:
         for predictor in dataset["predictor"].values.tolist():
             of = dataset.sel(metric=metric, set=name, predictor=predictor)
             star = "*" if bool(of["beyond_noise"]) else ""
-            cells.append(f"{_number(of, 'spearman', '+.2f')}{star}")
+            cells.append(number_with_interval(*read_number(of, "spearman"), "+.2f") + star)
         rows.append([f"{metric}, {name}", *cells])
     head = ["change of", *dataset["predictor"].values.tolist()]
     return Table("Rank correlations with what is known before", head, rows)
-
-
-def _number(of: xr.Dataset, name: str, spec: str) -> str:
-    """A number with its bounds."""
-    value, low, high = (float(of[f"{name}{side}"]) for side in ("", "_low", "_high"))
-    return cell_with_interval(value, (low, high), spec)

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.report.figures.profile import is_wanted, scatter_instances
-from geffect_fast.report.figures.style import UNWANTED, WANTED, blank_figure, legend_below
+from geffect_fast.report.figures.style import LINE_UNWANTED, LINE_WANTED, blank_figure, legend_below
 from geffect_fast.report.figures.sweep import pareto_figure, sweep_figure
 from geffect_fast.report.format import (
     Interval,
     Number,
-    cell,
-    cell_with_interval,
     notes,
     number,
+    number_with_interval,
     question,
     risk_words,
     title_of,
@@ -39,7 +38,7 @@ from geffect_fast.report.summary.effects import (
     by_sample,
     labels,
     named_once,
-    place_widths,
+    place_half_widths,
     shares,
     thinned,
 )
@@ -60,15 +59,16 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MOST_PANELS = 12
-"""Objectives whose instances are drawn."""
+"""The most objectives whose instances are drawn."""
 MOST_POINTS = 250
-"""Instances of a panel, the largest and an even choice of the others."""
+"""The most instances in a panel: the largest, and an even choice of the others."""
 NAMED = 3
-"""Instances that are named for what they remove, and for what they cost."""
+"""The most instances that are named for removal, and the most that are named for harm."""
 QUESTION = 140
-"""Characters of a question; more are cut."""
+"""The most characters of a question. A longer question is shortened."""
 TOKEN_SAMPLES, TOKEN_VALUES = 8, 40_000
-"""Answers of the token view and numbers that it may hold, a quarter of those of its own page."""
+"""The most answers of the token view, and the most numbers: about a quarter of `MAX_VALUES`, the
+limit of the page of tokens."""
 
 
 def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
@@ -130,8 +130,8 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
 def effect_cells(numbers: Mapping[str, Number]) -> list[str]:
     """Cells of an objective: collateral, which alone compares between objectives, then effects."""
     effects = [of for name, of in numbers.items() if name != "collateral"]
-    collateral = cell_with_interval(*numbers["collateral"], ".2g")
-    return [collateral, *(cell_with_interval(*each, "+.3g") for each in effects)]
+    collateral = number_with_interval(*numbers["collateral"], ".2g")
+    return [collateral, *(number_with_interval(*each, "+.3g") for each in effects)]
 
 
 _NOTE = (
@@ -192,7 +192,7 @@ def layers(dataset: xr.Dataset) -> list[Block]:
     if placed is None:
         return []
     parts, values = placed
-    widths = place_widths(dataset, blocks=True)
+    half_widths = place_half_widths(dataset, blocks=True)
     objectives = labels(dataset, "objective")
     if is_sweep(dataset):
         chosen = highlights(dataset)["objective"].values
@@ -207,7 +207,7 @@ def layers(dataset: xr.Dataset) -> list[Block]:
             parts,
             [objectives[k] for k in kept],
             values[kept, m],
-            None if widths is None else widths[kept, m],
+            None if half_widths is None else half_widths[kept, m],
         )
         for m, risk in enumerate(labels(dataset, "risk"))
     ]
@@ -215,10 +215,10 @@ def layers(dataset: xr.Dataset) -> list[Block]:
         "Each row by itself: 9 is its largest effect, which stands beside its name. Blue is wanted "
         "(the forget risk rises, any other does not); orange and a ! are unwanted."
     )
-    if widths is not None:
+    if half_widths is not None:
         note += (
-            " In brackets, without colour: within what the choice of the rows that objectives read "
-            "moves, those of other risks not being told apart by part."
+            " In brackets, without colour: the interval by the choice of the objectives' rows "
+            "holds 0. The rows of other risks are not told apart by part."
         )
     return [*blocks, *left_out(len(objectives), "objectives", len(kept)), *notes_of([note])]
 
@@ -260,7 +260,7 @@ def scatters(effects: Mapping[str, xr.DataArray], n: int, what: str) -> list[Blo
         panel.set_ylabel("e_r of the row (down: harms the rest)", fontsize=9)
         named, wanted = outliers(e_u, e_r), is_wanted(e_u, e_r)
         for place, i in enumerate(named, 1):
-            colour = WANTED if wanted[i] else UNWANTED
+            colour = LINE_WANTED if wanted[i] else LINE_UNWANTED
             dot = {"boxstyle": "circle,pad=0.2", "edgecolor": colour, "facecolor": "white"}
             look = {"ha": "center", "va": "center", "fontsize": 8, "bbox": dot}
             panel.text(e_u[i], e_r[i], str(place), **look)
@@ -304,9 +304,8 @@ def _named(effect: xr.DataArray, i: int, e_u: np.ndarray, e_r: np.ndarray) -> st
     row = effect["sample"].values[i]
     asked = question(effect, i, QUESTION)
     quoted = f"“{asked}” " if asked else ""
-    return (
-        f"{quoted}(row {row}: e_u {cell(float(e_u[i]), '+.2g')}, e_r {cell(float(e_r[i]), '+.2g')})"
-    )
+    effects = (number(float(e[i]), "+.2g") for e in (e_u, e_r))
+    return "{}(row {}: e_u {}, e_r {})".format(quoted, row, *effects)
 
 
 def tokens(dataset: xr.Dataset) -> list[Block]:
@@ -334,7 +333,7 @@ def cosines(dataset: xr.Dataset) -> list[Block]:
                 rows[k].objective,
                 read_cosines(rows[k].cosines, rows[k].cosine_intervals),
                 *(
-                    cell_with_interval(c, rows[k].cosine_intervals.get(risk), "+.3f")
+                    number_with_interval(c, rows[k].cosine_intervals.get(risk), "+.3f")
                     for risk, c in rows[k].cosines.items()
                 ),
             ]
@@ -436,13 +435,13 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     cells = []
     for k in kept:
         row = rows[k]
-        found = [row.objective, row.verdict, cell(row.loss, ".4g")]
+        found = [row.objective, row.verdict, number(row.loss, ".4g")]
         found += [
-            cell_with_interval(e, row.intervals.get(r), "+.4g") for r, e in row.effects.items()
+            number_with_interval(e, row.intervals.get(r), "+.4g") for r, e in row.effects.items()
         ]
-        found += [cell(c, "+.3f") for c in row.cosines.values()]
-        found += [] if norms is None else [cell(float(norms[k]), ".4g")]
-        collateral = cell_with_interval(row.collateral, row.collateral_interval, ".3f")
+        found += [number(c, "+.3f") for c in row.cosines.values()]
+        found += [] if norms is None else [number(float(norms[k]), ".4g")]
+        collateral = number_with_interval(row.collateral, row.collateral_interval, ".3f")
         cells.append([*found, collateral])
     blocks: list[Block] = [
         Table("All objectives", head, cells, frozenset([0, 1])),

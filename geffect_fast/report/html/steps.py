@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.report.figures.steps import step_figures
-from geffect_fast.report.format import cell, cell_with_interval, interval_line, risk_words
+from geffect_fast.report.format import interval_line, number, number_with_interval, risk_words
 from geffect_fast.report.html import measures, profile
 from geffect_fast.report.html.blocks import (
     MOST_ROWS,
@@ -20,12 +20,12 @@ from geffect_fast.report.html.blocks import (
     notes_of,
 )
 from geffect_fast.report.summary.effects import interval_at, labels, last_step, thinned
-from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.findings import where_sentence
 from geffect_fast.report.summary.measures import (
     live_measures,
     meanings,
     measure_findings,
-    notes,
+    measure_notes,
 )
 from geffect_fast.report.summary.objectives import summarise
 from geffect_fast.report.summary.step_findings import (
@@ -89,8 +89,9 @@ def measured(dataset: xr.Dataset, drawn: list[Block]) -> list[Block]:
     found = live_measures(dataset)
     if found is None:
         return []
-    said = [Items(measure_findings(found)), *drawn, *measures.tables(found)]
-    return [*said, *notes_of([*notes(found), *meanings(found)])]
+    tables = measures.tables(found, "summary.csv and results.nc hold")
+    said = [Items(measure_findings(found)), *drawn, *tables]
+    return [*said, *notes_of([*measure_notes(found), *meanings(found)])]
 
 
 def answer(dataset: xr.Dataset) -> list[Block]:
@@ -104,7 +105,7 @@ def answer(dataset: xr.Dataset) -> list[Block]:
     sentences = [turning_sentence(read)]
     ends = dict.fromkeys([0, len(read.steps) - 1])
     for place in ends:
-        where = findings(dataset.isel(step=place).sel(objective=[lead]))[1]
+        where = where_sentence(dataset.isel(step=place).sel(objective=[lead]))
         sentences.append(f"At step {read.steps[place]}: {where}")
     trust = trust_sentences(dataset) or [
         "No prediction can be compared with what was measured: there is but one step, or none is "
@@ -140,31 +141,36 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
             [
                 str(trained or "checkpoints"),
                 outcome.verdict,
-                cell_with_interval(outcome.cost, outcome.cost_interval, ".2g"),
+                number_with_interval(outcome.cost, outcome.cost_interval, ".2g"),
                 f"{read.steps[0]} to {read.steps[-1]}",
-                *(cell_with_interval(rise, interval_of(rise, moved)) for rise, moved in rises),
+                *(number_with_interval(rise, interval_of(rise, moved)) for rise, moved in rises),
             ]
         ],
         frozenset([0, 1, 3]),
     )
     note = f"{COST_NOTE} Collateral: the cost of a further small step, to first order."
-    return [measured, _objectives(dataset), *notes_of([note, interval_line(dataset.attrs)])]
+    return [measured, *_objectives(dataset), *notes_of([note, interval_line(dataset.attrs)])]
 
 
-def _objectives(dataset: xr.Dataset) -> Table:
-    """A table of every objective at the first and the last step."""
-    steps = dataset["step"].values
-    rows = [
-        [row.objective, str(steps[place]), row.verdict, *profile.effect_cells(row.numbers)]
-        for place in dict.fromkeys([0, len(steps) - 1])
-        for row in summarise(dataset.isel(step=place))
-    ]
-    return Table(
+def _objectives(dataset: xr.Dataset) -> list[Block]:
+    """A table of the objectives at the first and the last step."""
+    steps, n = dataset["step"].values, dataset.sizes["objective"]
+    ends = [*dict.fromkeys([0, len(steps) - 1])]
+    kept = thinned(np.arange(n), MOST_ROWS // len(ends)).tolist()
+    rows = []
+    for place in ends:
+        found = summarise(dataset.isel(step=place))
+        rows += [
+            [row.objective, str(steps[place]), row.verdict, *profile.effect_cells(row.numbers)]
+            for row in (found[k] for k in kept)
+        ]
+    table = Table(
         "Objectives at the first and the last step",
         ["objective", "step", "verdict", "collateral", *map(effect_name, labels(dataset, "risk"))],
-        rows[:MOST_ROWS],
+        rows,
         frozenset([0, 2]),
     )
+    return [table, *left_out(n, "objectives", len(kept))]
 
 
 def prediction_table(dataset: xr.Dataset) -> list[Block]:
@@ -174,9 +180,9 @@ def prediction_table(dataset: xr.Dataset) -> list[Block]:
             f"{PREDICTIONS[name]}, {risk_words(risk)}",
             a.words,
             str(a.n),
-            cell(a.correlation, "+.3f"),
-            cell(100 * a.same_sign, ".0f"),
-            cell(100 * a.error, ".1f"),
+            number(a.correlation, "+.3f"),
+            number(100 * a.same_sign, ".0f"),
+            number(100 * a.error, ".1f"),
         ]
         for name, by_risk in agreements(dataset).items()
         for risk, a in by_risk.items()
@@ -216,7 +222,7 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
         [
             str(read.steps[s]),
             *(
-                cell_with_interval(float(values[s]), interval_at(bounds, s), ".4g")
+                number_with_interval(float(values[s]), interval_at(bounds, s), ".4g")
                 for values, bounds in columns.values()
             ),
         ]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from geffect_fast.report.notebook.displays import ShownPage, ShownTokens
 
 _TOLD_APART = {"layers": ("parts of the model", "parameter"), "instances": ("rows", "sample")}
-"""What a figure shows that a result may sum over, and the axis that it takes."""
+"""By figure: the things that it tells apart, and the axis of the result that it needs for them."""
 
 
 @xr.register_dataset_accessor("gf")

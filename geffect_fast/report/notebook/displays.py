@@ -14,7 +14,7 @@ from geffect_fast.report.tokens.view import TokenView
 from geffect_fast.terminal import columns
 
 HEIGHT = "42rem"
-"""Of a page within a notebook; it scrolls."""
+"""Height of the frame in which a notebook shows a page. A longer page scrolls."""
 
 
 class ShownTokens:

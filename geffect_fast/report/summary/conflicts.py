@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 CAPTION = "Conflict: % of the gradient, by size, whose sign opposes the retain risk's"
 FISHER = "Fisher, % of trace"
-"""The row of the retain risk's Fisher matrix."""
+"""Name of the row with the shares of the retain risk's Fisher matrix."""
 NOTE = (
     "50 % is what gradients without any relation have. A part with a large share of the retain "
     "risk's Fisher trace is one that its rows depend on."

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import UNKNOWN, Interval
+from geffect_fast.report.format import UNKNOWN, Interval, Number
 from geffect_fast.results.groups import GROUPS, OUTSIDE
-from geffect_fast.results.risks import UNLEARN
-from geffect_fast.results.told_apart import half_width, has_intervals, row_spreads
+from geffect_fast.results.told_apart import half_width, has_intervals, row_spreads, times_counted
 
 if TYPE_CHECKING:
     import xarray as xr
 
 LEAD = ("step", "objective", "risk")
-"""The axes that sums over the rest of a result leave; `step` where it has one."""
+"""The axes that totals of a result keep; `step` is among them where the result has steps."""
 
 
 def labels(dataset: xr.Dataset | xr.DataArray, axis: str) -> list[str]:
@@ -66,6 +65,12 @@ def interval_at(bounds: np.ndarray | None, *place: int) -> Interval:
         return UNKNOWN
     low, high = (float(side[place]) for side in bounds)
     return low, high
+
+
+def read_number(dataset: xr.Dataset, name: str) -> Number:
+    """A variable without axes and its interval, which `NAME_low` and `NAME_high` bound."""
+    value, low, high = (float(dataset[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return value, (low, high)
 
 
 def total(dataset: xr.Dataset) -> np.ndarray:
@@ -158,8 +163,8 @@ def by_place(
     return kept, np.stack(parts, axis=at)
 
 
-def place_widths(dataset: xr.Dataset, blocks: bool) -> np.ndarray | None:
-    """Half the widths of the intervals of `by_place`'s values; None where they are not known.
+def place_half_widths(dataset: xr.Dataset, blocks: bool) -> np.ndarray | None:
+    """Half widths of the intervals of `by_place`'s values; None where they are not known.
 
     The intervals are by the choice of the rows that objectives read. The effect on the forget risk
     counts twice, as the forget rows make both of its gradients. The rows of other risks also widen
@@ -170,9 +175,8 @@ def place_widths(dataset: xr.Dataset, blocks: bool) -> np.ndarray | None:
     placed = by_place(dataset, blocks, rows=True)
     if placed is None:
         return None
-    widths = half_width(row_spreads(placed[1], dataset["set"].values))
-    widths[..., labels(dataset, "risk").index(UNLEARN), :] *= 2
-    return widths
+    half_widths = half_width(row_spreads(placed[1], dataset["set"].values))
+    return half_widths * times_counted(labels(dataset, "risk"))[:, None]
 
 
 def shares(values: np.ndarray) -> np.ndarray:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import bounds, number, question
+from geffect_fast.report.format import bounds, number_with_interval, question
 from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
 from geffect_fast.report.summary.objectives import HARDLY, PERHAPS, UNCLEAR, Summary, summarise
 from geffect_fast.results.risks import UNLEARN
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 NAMED = 4
-"""How many objectives that are alike are named."""
+"""The most objectives that a sentence names as not told apart from another."""
 
 _PARTS = {
     "embedding": "the embedding",
@@ -35,7 +34,7 @@ def findings(dataset: xr.Dataset) -> tuple[str, str]:
     Args:
         dataset: result of `geffect_fast.profile`.
     """
-    return _what(summarise(dataset)), _where(dataset)
+    return _what(summarise(dataset)), where_sentence(dataset)
 
 
 def _what(rows: list[Summary]) -> str:
@@ -101,18 +100,17 @@ def _cost(row: Summary) -> str:
     others = [risk for risk in row.effects if risk != UNLEARN]
     what = f"the {others[0]} risk" if len(others) == 1 else "the worst other risk"
     if row.collateral == 0:
-        return f"{what} stays"
+        return f"{what} does not change"
     low, high = row.collateral_interval
     if low <= 0 <= high:
-        return f"what {what} does is within noise, {bounds((low, high), '.2g')}"
+        return f"the change of {what} is within noise, {bounds((low, high), '.2g')}"
     verb = "rises" if row.collateral > 0 else "falls"
     if row.collateral < 0:
         low, high = -high, -low
-    known = "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
-    return f"{what} {verb} by {number(abs(row.collateral), '.2g')}{known}"
+    return f"{what} {verb} by {number_with_interval(abs(row.collateral), (low, high), '.2g')}"
 
 
-def _where(dataset: xr.Dataset) -> str:
+def where_sentence(dataset: xr.Dataset) -> str:
     """The sentence on the parts and the rows that carry the effect on the forget risk.
 
     Their shares are means over the objectives.

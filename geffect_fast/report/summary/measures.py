@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.format import bounds, number
+from geffect_fast.report.format import Interval, bounds, number
+from geffect_fast.report.summary.effects import read_number
 
 if TYPE_CHECKING:
     import xarray as xr
 
+NO_NUMBER = "No metric gave a number on any set."
 _BOUNDS = "In brackets: bounds by the choice of the rows."
 _NO_BOUNDS = (
     "No brackets: rows that all score alike, one row alone, or a p-value, of which drawing rows "
@@ -93,20 +95,17 @@ def live_measures(dataset: xr.Dataset) -> xr.Dataset | None:
 # ---- numbers ----
 
 
-def shown(of: xr.Dataset) -> str:
+def number_with_bounds(of: xr.Dataset) -> str:
     """A number with its bounds; empty where there is no number."""
-    value, low, high = (float(of[name]) for name in ("value", "value_low", "value_high"))
-    if math.isnan(value):
-        return ""
-    return f"{number(value, '.3g')}{_bounded(low, high)}"
+    return "" if math.isnan(float(of["value"])) else _with_bounds(*read_number(of, "value"))
 
 
-def _bounded(low: float, high: float) -> str:
-    """The bounds that follow a number; empty where they are not known."""
-    return "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
+def _with_bounds(value: float, interval: Interval) -> str:
+    known = "" if math.isnan(interval[0]) else f" {bounds(interval, '.2g')}"
+    return f"{number(value, '.3g')}{known}"
 
 
-def notes(dataset: xr.Dataset) -> list[str]:
+def measure_notes(dataset: xr.Dataset) -> list[str]:
     """Sentences that explain bounds, statistics and metrics, as far as the measures hold them."""
     known = dataset["value"].notnull()
     bounded = dataset["value_low"].notnull()
@@ -148,15 +147,13 @@ def share_rows(dataset: xr.Dataset) -> list[list[str]]:
         of = dataset.sel(model=method)
         share, lost = float(of["alpha_chosen"]), float(of["alpha_lost"])
         there, whole = (of.sel(alpha=alpha) for alpha in (share, 1.0))
-        value, low, high = (
-            float(there[name]) for name in ("retention", "retention_low", "retention_high")
-        )
+        value, interval = read_number(there, "retention")
         rows.append(
             [
                 str(method),
                 f"{share:.3g}",
                 "" if math.isnan(lost) else f"{lost:.3g}",
-                f"{number(value, '.3g')}{_bounded(low, high)}",
+                _with_bounds(value, interval),
                 f"{number(100 * value / kept, '.1f')}%",
                 f"{number(100 * float(whole['retention']) / kept, '.1f')}%",
             ]
@@ -200,7 +197,7 @@ def _of_one(dataset: xr.Dataset) -> list[str]:
         numbers = [
             f"{metric} {found}"
             for metric in measured_metrics(dataset)
-            if (found := shown(of.sel(metric=metric)))
+            if (found := number_with_bounds(of.sel(metric=metric)))
         ]
         said.append(f"{where}: {', '.join(numbers)}.")
     return said
@@ -216,10 +213,10 @@ def _of_several(dataset: xr.Dataset) -> list[str]:
             if np.isnan(values).all():
                 continue
             ends = [of.isel(model=int(at)) for at in (np.nanargmin(values), np.nanargmax(values))]
-            least, most = (f"{shown(end)} ({end['model'].item()})" for end in ends)
+            least, most = (f"{number_with_bounds(end)} ({end['model'].item()})" for end in ends)
             where = f"{metric}, {name}"
             if float(ends[0]["value"]) == float(ends[1]["value"]):
-                said.append(f"{where}: {shown(ends[0])} in all models.")
+                said.append(f"{where}: {number_with_bounds(ends[0])} in all models.")
                 continue
             overlap = float(ends[0]["value_high"]) >= float(ends[1]["value_low"])
             within = "; their intervals overlap" if overlap else ""
@@ -270,7 +267,7 @@ def _controlled(dataset: xr.Dataset) -> list[str]:
     for metric in measured_metrics(dataset):
         for name in measured_sets(dataset):
             of = dataset.sel(metric=metric, set=name)
-            numbers = [f"{m} {n}" for m in methods if (n := shown(of.sel(model=m)))]
+            numbers = [f"{m} {n}" for m in methods if (n := number_with_bounds(of.sel(model=m)))]
             if numbers:
                 original = number(float(of["original_value"]), ".3g")
                 said.append(f"{metric}, {name}, there: {', '.join(numbers)}; original {original}.")
@@ -303,5 +300,5 @@ def _on(name: str) -> str:
 
 def _from_to(of: xr.Dataset) -> str:
     """The first and the last number along steps; empty where either is not known."""
-    first, last = (shown(of.isel(step=at)) for at in (0, -1))
+    first, last = (number_with_bounds(of.isel(step=at)) for at in (0, -1))
     return f"from {first} to {last}" if first and last else ""

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 LITTLE_HARM, MUCH_HARM = 0.1, 1.0
 HARDLY = 0.1
-"""A gradient whose cosine with the forget risk's is smaller does next to nothing to that risk."""
+"""A gradient whose cosine with the forget risk's is smaller in size hardly moves that risk."""
 
 MOSTLY_HARM = "mostly harm"
 UNCLEAR, HARM_UNCLEAR = "within noise", "forgets, harm unclear"
-"""Verdicts where the interval of e_u holds 0, and where that of collateral allows several."""
+"""Verdicts where the interval of e_u holds 0, and where the interval of collateral allows several
+verdicts."""
 PERHAPS = "perhaps hardly forgets"
 """The verdict where the interval of the cosine with the forget risk holds `-HARDLY`."""
 

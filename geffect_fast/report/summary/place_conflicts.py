@@ -29,7 +29,7 @@ PLACES_NOTE = (
     "share of the whole. Positions count all tokens that a row is read as, its prompt among them."
 )
 MOST_SPANS, N_ROWS, N_TOKENS = 8, 3, 4
-"""Spans of positions, rows of an objective, and tokens of a row, at most."""
+"""The most spans of positions, rows of an objective, and tokens of a row."""
 
 
 @dataclass(frozen=True)

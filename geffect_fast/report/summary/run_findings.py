@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.report.format import Interval, cell
+from geffect_fast.report.format import Interval, number
 from geffect_fast.report.summary.runs import comparison_rows, comparison_spreads
 from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import interval_of, precision_error, told_apart
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Row = dict[str, Any]
-"""Of `comparison_rows`."""
+"""A row of `comparison_rows`."""
 
 
 def comparison_finding(both: xr.Dataset) -> str:
@@ -43,12 +43,12 @@ def comparison_finding(both: xr.Dataset) -> str:
     sentences = []
     if removed:
         best, least = (choose(removed, key=lambda row: row[rise]) for choose in (max, min))
-        most, sure = cell(best[rise], ".3g"), bool(share or known)
+        most, sure = number(best[rise], ".3g"), bool(share or known)
         others = [r["run"] for r in removed if sure and r is not best and alike(r, best, rise)]
         if len(removed) > 1 and len(others) == len(removed) - 1:
             sentences.append(
                 f"{'All' if len(removed) == len(rows) else f'{len(removed)} of'} {len(rows)} runs "
-                f"raise the forget risk, alike as far as {tell}: by {cell(least[rise], '.3g')} "
+                f"raise the forget risk, alike as far as {tell}: by {number(least[rise], '.3g')} "
                 f"to {most}."
             )
         else:
@@ -59,7 +59,7 @@ def comparison_finding(both: xr.Dataset) -> str:
     for name, words in (
         (
             "harm_at_equal_removal",
-            f"once each has raised it by {cell(rows[0]['equal_removal'], '.3g')}",
+            f"once each has raised it by {number(rows[0]['equal_removal'], '.3g')}",
         ),
         ("cost", "for a unit of forgetting"),
     ):
@@ -67,7 +67,7 @@ def comparison_finding(both: xr.Dataset) -> str:
         if len(ranked) < 2:
             continue
         ends = ranked[0], ranked[-1]
-        low, high = (cell(end[name], ".3g") for end in ends)
+        low, high = (number(end[name], ".3g") for end in ends)
         if (share or known) and alike(*ends, name):
             sentences.append(
                 f"The worst other risk has risen alike under all, as far as {tell} "
@@ -88,7 +88,7 @@ def comparison_finding(both: xr.Dataset) -> str:
         break
     for way, words in (
         (-1, "The forget risk does not rise in"),
-        (0, "Whether the forget risk rises is within what the choice of the rows moves in"),
+        (0, "These rows do not tell whether the forget risk rises in"),
     ):
         names = [row["run"] for row, of in zip(rows, ways, strict=True) if of == way]
         if names:

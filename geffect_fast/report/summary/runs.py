@@ -14,6 +14,7 @@ from geffect_fast.report.summary.steps import Agreement, Outcome, by_column, cos
 from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import has_intervals, interval_of, risk_spreads
 from geffect_fast.storage.csv_cells import write_csv
+from geffect_fast.storage.run_folder import COMPARISON
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -160,4 +161,4 @@ def write_comparison(runs: xr.Dataset, folder: Path) -> None:
     if "group" in runs.dims:
         columns = by_column(columns, "group")
     table = columns.to_dataframe(dim_order=["run", "step"]).reset_index()
-    write_csv(table, folder / "compare.csv")
+    write_csv(table, folder / COMPARISON)

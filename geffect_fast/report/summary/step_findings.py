@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import bounds, cell_with_interval, number, risk_words
+from geffect_fast.report.format import bounds, number, number_with_interval, risk_words
 from geffect_fast.report.summary.effects import interval_at
 from geffect_fast.report.summary.objectives import MUCH_HARM, collateral_of
 from geffect_fast.report.summary.steps import PREDICTIONS, Outcome, Steps, agreements
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 GOOD, OPEN, BAD = 0, 1, 2
-"""A further step removes more than it costs, the choice of the rows decides, it costs more."""
+"""A further step removes more than it costs, these rows do not tell, or it costs more."""
 
 
 def turning_sentence(read: Steps) -> str:
@@ -40,8 +40,8 @@ def turning_sentence(read: Steps) -> str:
     tail = f" At {lost} of {n} steps its effects are NaN or infinite." if lost else ""
     if n_open == n:
         return (
-            "At every probed step it is within what the choice of the rows moves whether a further "
-            f"small step on {lead} removes more than it costs.{tail}"
+            f"At no probed step do these rows tell whether a further small step on {lead} removes "
+            f"more than it costs.{tail}"
         )
     if n_bad == n:
         return (
@@ -59,7 +59,7 @@ def turning_sentence(read: Steps) -> str:
         first = n - trailing
         between = ""
         if before + 1 < first:
-            between = f" (between step {steps[before]} and it the choice of the rows decides)"
+            between = f" (between steps {steps[before]} and {steps[first]} these rows do not tell)"
         return (
             f"From step {steps[first]} on, a further small step on {lead} costs more than it "
             f"removes: there {_why(read, first, costs[first])}{between}.{tail}"
@@ -73,8 +73,8 @@ def turning_sentence(read: Steps) -> str:
     n_good, opened = n - n_open - n_bad, steps[int((side == OPEN).argmax())]
     return (
         f"At {n_good} of {n} probed steps a further small step on {lead} removes more than it "
-        f"costs, at {n_bad} it costs more; at {n_open}, first at step {opened}, that is within "
-        f"what the choice of the rows moves.{tail}"
+        f"costs, at {n_bad} it costs more; at {n_open}, first at step {opened}, these rows do not "
+        f"tell.{tail}"
     )
 
 
@@ -93,7 +93,7 @@ def _why(read: Steps, at: int, cost: float) -> str:
     if math.isnan(cost):
         return "the forget risk would fall"
     interval = interval_at(read.collateral_bounds, at, 0)
-    rise = cell_with_interval(cost, interval, ".2g")
+    rise = number_with_interval(cost, interval, ".2g")
     return f"the worst other risk would rise by {rise} for a unit rise of the forget risk"
 
 
@@ -141,11 +141,9 @@ def _cost_words(outcome: Outcome, moved: dict[str, np.ndarray]) -> str:
         for risk, rise in others.items()
         if risk != worst
     )
-    known = "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
-    return (
-        f", at a cost of {number(outcome.cost, '.2g')}{known} of the "
-        f"{'worst other risk' if alike else risk_words(worst)} for a unit of forgetting"
-    )
+    what = "worst other risk" if alike else risk_words(worst)
+    rise = number_with_interval(outcome.cost, outcome.cost_interval, ".2g")
+    return f"; for a unit rise of the forget risk, the {what} rises by {rise}"
 
 
 def trust_sentences(dataset: xr.Dataset) -> list[str]:

@@ -26,19 +26,21 @@ PREDICTIONS = {
     "predicted_second": "by the optimizer's step, to second order",
     "predicted_sgd": "by SGD, −lr·e",
 }
-"""The first-order predictions of a step result, and how they are called."""
+"""The predictions of a step result, and their names in tables and sentences."""
 
 CLOSE = 0.95
-"""The correlation from which a prediction is said to hold in size."""
+"""The least correlation of a prediction that holds in size."""
 FACTOR, WORST_FACTOR = 1.5, 3.0
-"""A prediction holds in size where most are within the first factor of what was measured, as is
-their sum, and none is beyond the second, but for changes of next to nothing."""
+"""A prediction holds in size where most predicted changes and their sum are within the first factor
+of the measured ones, and none is beyond the second. Changes of next to nothing do not count."""
 SMALL = 0.05
-"""The share of the largest change or prediction below which both are next to nothing."""
+"""A measured change and its prediction are next to nothing where both are below this share of the
+largest change or prediction."""
 HALF, MOST = 0.5, 0.9
-"""The relative error that most predictions must keep to: how much, and how many."""
+"""The largest relative error of a good prediction, and the least share of predictions that count as
+most."""
 FEW = 3
-"""Fewer changes than this tell nothing about a correlation."""
+"""The fewest changes that tell something about a correlation."""
 
 
 def lead_objective(dataset: xr.Dataset) -> str:

@@ -7,16 +7,20 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.report.format import cell_with_interval, number
-from geffect_fast.report.summary.measures import measured_metrics, measured_sets, place_axis, shown
+from geffect_fast.report.format import number, number_with_interval
+from geffect_fast.report.summary.effects import read_number
+from geffect_fast.report.summary.measures import (
+    measured_metrics,
+    measured_sets,
+    number_with_bounds,
+    place_axis,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
 
-EFFICACY, UTILITY, ROBUSTNESS, EFFICIENCY, EFFECTS = (
-    *("efficacy", "utility", "robustness", "efficiency"),
-    "effects",
-)
+EFFICACY, UTILITY, ROBUSTNESS = "efficacy", "utility", "robustness"
+EFFICIENCY, EFFECTS = "efficiency", "effects"
 _NOTE = (
     "Efficacy: of what must go; utility: of the rest; robustness: of paraphrases, and from before "
     "to after learning a few forget rows again ({updates} updates on {rows}; others: the forget "
@@ -91,7 +95,7 @@ def _measured(dataset: xr.Dataset) -> list[SurveyRow]:
                 continue
             aspect = ROBUSTNESS if paraphrased else EFFICACY if name == "forget" else UTILITY
             of = dataset.sel(metric=metric, set=name)
-            cells = [shown(of.isel({axis: at})) for at in range(of.sizes[str(axis)])]
+            cells = [number_with_bounds(of.isel({axis: at})) for at in range(of.sizes[str(axis)])]
             found[aspect].append(SurveyRow(aspect, f"{metric}, {name}", cells))
     return [row for rows in found.values() for row in rows]
 
@@ -105,10 +109,9 @@ def _relearned(dataset: xr.Dataset) -> list[SurveyRow]:
             cells = []
             for at in range(of.sizes["model"]):
                 first, last = (of.isel(model=at, step=step) for step in (0, -1))
-                before = float(first["value"])
-                cells.append(
-                    "" if math.isnan(before) else f"{number(before, '.3g')} to {shown(last)}"
-                )
+                before, after = float(first["value"]), number_with_bounds(last)
+                known = not math.isnan(before)
+                cells.append(f"{number(before, '.3g')} to {after}" if known else "")
             rows.append(SurveyRow(ROBUSTNESS, f"relearning: {metric}, {name}", cells))
     return rows
 
@@ -152,8 +155,7 @@ def _effect(dataset: xr.Dataset, objective: str, risk: str) -> str:
     if not objective:
         return ""
     of = dataset.sel(objective=objective, risk=risk)
-    bounds = float(of["effect_low"]), float(of["effect_high"])
-    return cell_with_interval(float(of["effect"]), bounds)
+    return number_with_interval(*read_number(of, "effect"))
 
 
 def _has_own_column(dataset: xr.Dataset) -> bool:

@@ -23,11 +23,11 @@ STRONGEST, LEAST, CHEAPEST = "strongest removal", "least harm", "least collatera
 NUMBERS = ("e_u", "e_r", "collateral")
 
 CLEARLY = 0.1
-"""The share of a family's strongest removal that the least collateral is sought from: with less
-removal, collateral is a ratio of next to nothings."""
+"""The least collateral is sought among objectives with at least this share of their family's
+strongest removal. With less removal, collateral is a ratio of two numbers near 0."""
 
 HIGHLIGHTS = 24
-"""How many of a sweep's objectives are shown where each takes room of its own."""
+"""The most objectives of a sweep that are shown where each takes room of its own."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from geffect_fast.measure.rank_correlation import FEWEST
 from geffect_fast.report.format import bounds, number
+from geffect_fast.report.summary.effects import read_number
 from geffect_fast.report.summary.predictors import (
     EFFECTS,
     EFFECTS_NOTE,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _BESIDE_NOTE = f"{EFFECTS_NOTE} The others: what the unlearned model has, below it the change."
 _TAU_NOTE = "τ: Kendall's."
 _MOST = 4
-"""Metrics and sets that one table has room for."""
+"""The most pairs of a metric and a set that one table has room for."""
 
 
 def render_against_effects(dataset: xr.Dataset) -> RenderableType:
@@ -69,12 +70,9 @@ def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> FittedTable:
         of = dataset.sel(run=run)
         cells = []
         for predictor in shown:
-            value, low, high = (
-                float(of[f"effect{side}"].sel(predictor=predictor))
-                for side in ("", "_low", "_high")
-            )
             spec = ".2f" if predictor == "collateral" else "+.2g"
-            cells.append(with_interval(value, (low, high), spec))
+            known = read_number(of.sel(predictor=predictor), "effect")
+            cells.append(with_interval(*known, spec))
         for metric, name in pairs:
             value = float(of["value"].sel(model=run, metric=metric, set=name))
             change = float(of["change"].sel(metric=metric, set=name))
@@ -103,14 +101,13 @@ def render_ranks(dataset: xr.Dataset) -> FittedTable:
 
 def _rank_cell(of: xr.Dataset, most: int) -> Text:
     """Coefficients of a predictor and a change; empty where fewer than `FEWEST` runs have both."""
-    value, n = float(of["spearman"]), int(of["n_runs"])
+    (value, interval), n = read_number(of, "spearman"), int(of["n_runs"])
     if math.isnan(value):
         return Text("" if n < FEWEST else "–")
     beyond = bool(of["beyond_noise"])
     text = Text(number(value, "+.2f") + ("*" if beyond else ""), "" if beyond else "dim")
-    low, high = float(of["spearman_low"]), float(of["spearman_high"])
-    if not math.isnan(low):
-        text.append(f"\n{bounds((low, high), '+.2f')}", style="dim")
+    if not math.isnan(interval[0]):
+        text.append(f"\n{bounds(interval, '+.2f')}", style="dim")
     text.append(f"\nτ {number(float(of['kendall']), '+.2f')}", style="dim")
     return text if n == most else text.append(f"\n{n} runs", style="dim")
 

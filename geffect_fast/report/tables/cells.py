@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
 
-from geffect_fast.report.format import Interval, Number, bounds, coverage_line, notes, number
+from geffect_fast.report.format import (
+    Interval,
+    Number,
+    coverage_line,
+    notes,
+    number_with_interval,
+)
 
-WANTED, UNWANTED = "color(33)", "color(166)"
-"""Blue and orange that can be read on light ground and on dark."""
+TERMINAL_WANTED, TERMINAL_UNWANTED = "color(33)", "color(166)"
+"""A blue and an orange that can be read on light and on dark ground."""
 STYLES = {
-    "forgets, spares": WANTED,
-    "forgets, little harm": WANTED,
-    "mostly harm": UNWANTED,
-    "does not forget": UNWANTED,
-    "undefined (NaN)": f"bold {UNWANTED}",
+    "forgets, spares": TERMINAL_WANTED,
+    "forgets, little harm": TERMINAL_WANTED,
+    "mostly harm": TERMINAL_UNWANTED,
+    "does not forget": TERMINAL_UNWANTED,
+    "undefined (NaN)": f"bold {TERMINAL_UNWANTED}",
 }
-"""Verdicts in a colour; those between the two, and what rows do not tell, have none."""
+"""Colours of verdicts. Verdicts between the two, and those that the rows do not tell, have none."""
 
 
 def with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> Text:
     """A number, with its interval on a line below where the interval is known."""
-    text = Text(number(value, spec))
-    if interval is not None and not any(map(math.isnan, interval)) and math.isfinite(value):
-        text.append(f"\n{bounds(interval, spec)}", style="dim")
-    return text
+    shown, _, known = number_with_interval(value, interval, spec).partition(" ")
+    return Text(shown).append(f"\n{known}" if known else "", style="dim")
 
 
 def effect_cells(numbers: Mapping[str, Number]) -> list[Text]:

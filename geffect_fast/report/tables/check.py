@@ -9,7 +9,7 @@ from rich.text import Text
 
 from geffect_fast.measure.check import QUANTITIES, Check, KindCheck
 from geffect_fast.report.format import coverage_line
-from geffect_fast.report.tables.cells import UNWANTED, WANTED
+from geffect_fast.report.tables.cells import TERMINAL_UNWANTED, TERMINAL_WANTED
 from geffect_fast.report.tables.fitted import FittedTable
 
 NAMES_SHOWN = 8
@@ -20,10 +20,10 @@ def render_check(check: Check) -> Group:
     """The table, facts and verdict of a check, for `rich.console.Console.print`."""
     table = FittedTable(caption(check), HEAD, HEAD[:2])
     for kind in check.kinds:
-        table.add_row(*kind_cells(kind), style=UNWANTED if kind.excess > 1 else "")
+        table.add_row(*kind_cells(kind), style=TERMINAL_UNWANTED if kind.excess > 1 else "")
     lines = [Text(note(check), style="dim"), Text()]
     lines += [Text(line) for line in facts(check)]
-    style = f"bold {WANTED if check.exact else UNWANTED}"
+    style = f"bold {TERMINAL_WANTED if check.exact else TERMINAL_UNWANTED}"
     return Group(table, *lines, Text(), Text(verdict(check), style=style))
 
 

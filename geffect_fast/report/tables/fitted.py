@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 _GAP, _EDGES = 3, 2
-"""Columns of the terminal between two of a table, and at its edges."""
+"""Columns of the terminal between two columns of a table, and at the table's edges."""
 _WRAPPED = 10
-"""The least that words have which wrap."""
+"""The least width of a column of words that wraps."""
 
 
 @dataclass

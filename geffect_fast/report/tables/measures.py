@@ -8,17 +8,20 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from geffect_fast.report.summary.effects import thinned
 from geffect_fast.report.summary.measures import (
+    NO_NUMBER,
     is_control,
     is_relearning,
+    measure_notes,
+    measured_metrics,
     measured_sets,
-    notes,
+    number_with_bounds,
     place_axis,
     rises,
     share_head,
     share_note,
     share_rows,
-    shown,
 )
 from geffect_fast.report.summary.predictors import is_against_effects
 from geffect_fast.report.summary.survey import (
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _COLUMNS = 6
-"""Most steps of a relearning that are shown, the first and the last among them."""
+"""The most steps of a relearning that have a column, the first and the last among them."""
 
 
 def render_measures(dataset: xr.Dataset) -> RenderableType:
@@ -50,18 +53,20 @@ def render_measures(dataset: xr.Dataset) -> RenderableType:
 
 def render_evaluation(dataset: xr.Dataset) -> RenderableType:
     """The table of measures of one or several models, for `rich.console.Console.print`."""
+    if not measured_metrics(dataset):
+        return Text(NO_NUMBER)
     axis, sets = place_axis(dataset), measured_sets(dataset)
     words = [*([] if axis is None else [axis]), "metric", "number"]
     table = FittedTable("measures", [*words, *sets], words)
     places = [None] if axis is None else dataset[axis].values.tolist()
-    for metric in dataset["metric"].values.tolist():
+    for metric in measured_metrics(dataset):
         of_metric = dataset.sel(metric=metric)
         for at in places:
             of = of_metric if axis is None else of_metric.sel({axis: at})
             row = [] if axis is None else [str(at)]
-            cells = [shown(of.sel(set=name)) for name in sets]
+            cells = [number_with_bounds(of.sel(set=name)) for name in sets]
             table.add_row(*row, metric, str(of["statistic"].item()), *cells)
-    return Group(table, Text(" ".join(notes(dataset)), style="dim"))
+    return Group(table, Text(" ".join(measure_notes(dataset)), style="dim"))
 
 
 def render_survey(dataset: xr.Dataset) -> RenderableType:
@@ -74,7 +79,7 @@ def render_survey(dataset: xr.Dataset) -> RenderableType:
             table.add_section()
         table.add_row("" if row.aspect == aspect else row.aspect, row.name, *row.cells)
         aspect = row.aspect
-    said = " ".join([*survey_notes(dataset), *notes(dataset)])
+    said = " ".join([*survey_notes(dataset), *measure_notes(dataset)])
     return Group(table, Text(said, style="dim"))
 
 
@@ -83,22 +88,24 @@ def render_control(dataset: xr.Dataset) -> RenderableType:
     table = FittedTable("share kept of each method", share_head(dataset), ["method"])
     for row in share_rows(dataset):
         table.add_row(*row)
-    notes = [f"{share_note(dataset)} The measures below are at that share.", *rises(dataset)]
-    return Group(table, *(Text(note, style="dim") for note in notes), render_evaluation(dataset))
+    said = [f"{share_note(dataset)} The measures below are at that share.", *rises(dataset)]
+    return Group(table, *(Text(line, style="dim") for line in said), render_evaluation(dataset))
 
 
 def render_relearning(dataset: xr.Dataset) -> RenderableType:
     """The table of a relearning's measures by step, for `rich.console.Console.print`."""
     steps = dataset["step"].values
-    at = np.unique(np.linspace(0, len(steps) - 1, min(_COLUMNS, len(steps))).round().astype(int))
+    places = thinned(np.arange(len(steps)), _COLUMNS).tolist()
     words = ["metric", "set", "model"]
-    table = FittedTable("measures by step", [*words, *map(str, steps[at])], words)
-    for metric in dataset["metric"].values.tolist():
-        for name in dataset["set"].values.tolist():
+    table = FittedTable("measures by step", [*words, *map(str, steps[places])], words)
+    for metric in measured_metrics(dataset):
+        for name in measured_sets(dataset):
             for model in dataset["model"].values.tolist():
                 of = dataset.sel(metric=metric, set=name, model=model)
-                table.add_row(metric, name, model, *(shown(of.isel(step=i)) for i in at))
-    return Group(table, Text(_note(dataset, len(steps) - len(at)), style="dim"))
+                if bool(of["value"].notnull().any()):
+                    cells = (number_with_bounds(of.isel(step=at)) for at in places)
+                    table.add_row(metric, name, model, *cells)
+    return Group(table, Text(_note(dataset, len(steps) - len(places)), style="dim"))
 
 
 def _note(dataset: xr.Dataset, left_out: int) -> str:

@@ -37,7 +37,7 @@ NOTE = (
 )
 
 
-def render(dataset: xr.Dataset, places: PlaceConflicts | None = None) -> RenderableType:
+def render_profile(dataset: xr.Dataset, places: PlaceConflicts | None = None) -> RenderableType:
     """All tables of a result, for `rich.console.Console.print`.
 
     Args:

@@ -15,7 +15,7 @@ from geffect_fast.report.summary.step_findings import outcome_sentence
 from geffect_fast.report.summary.sweep import is_sweep
 from geffect_fast.report.tables.compare import render_comparison
 from geffect_fast.report.tables.measures import render_measures
-from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.profile import render_profile
 from geffect_fast.report.tables.steps import render_steps
 from geffect_fast.report.tables.sweep import render_sweep
 from geffect_fast.results.by_rows import sum_positions
@@ -40,5 +40,5 @@ def tables_and_sentences(dataset: xr.Dataset) -> tuple[RenderableType, tuple[str
     elif is_sweep(summed):
         tables, sentences = render_sweep(summed), findings(summed)
     else:
-        tables, sentences = render(summed, PlaceConflicts.of(dataset)), findings(summed)
+        tables, sentences = render_profile(summed, PlaceConflicts.of(dataset)), findings(summed)
     return Group(Text(signs()), Text(), tables), sentences

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 ROWS = 9
-"""How many of the steps are listed."""
+"""The most steps that the table lists."""
 
 NOTE = (
     "R is a risk, e the effect on it at that step: an update of size lr changes R by -lr·e to "

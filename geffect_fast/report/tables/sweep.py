@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 FRONT_SHOWN = 12
-"""Objectives of a long front that are listed."""
+"""The most objectives of a front that the table lists."""
 
 NOTE = (
     "e_u is the effect on the forget risk (below 0: it rises, as wanted), e_r on the retain risk "

@@ -8,8 +8,8 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from geffect_fast.report.figures.frontier import asked
 from geffect_fast.report.format import Interval, number, question
+from geffect_fast.report.summary.weights import goal_of
 from geffect_fast.report.tables.cells import with_interval
 from geffect_fast.report.tables.fitted import FittedTable
 from geffect_fast.report.tokens.colours import inline, visible
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TOKENS_SHOWN = 6
 ROUNDING = 1e-12
-"""A sum that is this part of what it adds up is what rounding left of zero."""
+"""A sum that is at most this part of the sizes that it adds up is rounding, and shown as 0."""
 
 
 def render_weights(best: xr.Dataset) -> Group:
@@ -46,7 +46,7 @@ def reached(best: xr.Dataset) -> str:
 
 
 def _reached(best: xr.Dataset) -> FittedTable:
-    title = f"Token weights from 0 to {best.attrs['max_weight']:g}: {asked(best)}"
+    title = f"Token weights from 0 to {best.attrs['max_weight']:g}: {goal_of(best)}"
     table = FittedTable(title, ["weights", "e_u", "e_r", "removal kept", "harm"], ["weights"])
     for name, prefix, e in (
         ("ga", "ga_", _of_ga(best)),

@@ -10,7 +10,7 @@ import numpy as np
 from geffect_fast.results.risks import UNLEARN
 
 STEPS = 9
-"""Levels run from -STEPS to STEPS, so that a level is one digit where there is no colour."""
+"""Levels run from -STEPS to STEPS, so that without colour a level is one digit."""
 
 UNDEFINED = STEPS + 1
 """The level of an effect that is NaN or infinite."""
@@ -25,13 +25,13 @@ GROUND = {"light": "#ffffff", "dark": "#15181d"}
 INK = {"light": "#1b1b1b", "dark": "#f2f2f2"}
 # Blue and orange have the same lightness (Oklch 0.72 on light ground, 0.52 on dark). Every kind of
 # colour vision tells them apart, and neither looks like more than the other.
-WANTED = {"light": "#43acfb", "dark": "#196ea9"}
-UNWANTED = {"light": "#e78b30", "dark": "#9c5313"}
+GROUND_WANTED = {"light": "#43acfb", "dark": "#196ea9"}
+GROUND_UNWANTED = {"light": "#e78b30", "dark": "#9c5313"}
 SHADES_OF_256 = {
     "light": {True: (195, 153, 75), False: (230, 223, 215)},
     "dark": {True: (17, 24, 26), False: (58, 94, 130)},
 }
-"""The same from weak to strong, wanted (True) and unwanted, in a terminal's table of 256."""
+"""Wanted (True) and unwanted grounds from weak to strong, in a terminal's table of 256 colours."""
 
 
 def robust_scale(values: np.ndarray) -> float:
@@ -65,7 +65,7 @@ def colour(good: int, theme: str) -> str:
         good: a level that `goodness` returns; 0 gives the ground of the page.
         theme: `light` or `dark`. The text on the background has the colour `INK[theme]`.
     """
-    pole = (WANTED if good > 0 else UNWANTED)[theme]
+    pole = (GROUND_WANTED if good > 0 else GROUND_UNWANTED)[theme]
     weight = min(abs(good), STEPS) / STEPS
     mixed = [
         round(

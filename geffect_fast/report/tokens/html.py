@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 N_SAMPLES = 20
 MAX_VALUES = 150_000
-"""Numbers a page may hold, some twelve bytes each, before samples and objectives are left out."""
+"""The most numbers that a page holds, about twelve bytes each. It leaves the others out."""
 
 
 def tokens_html(

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 FORGET, RETAIN = "forget", "retain"
 N_SAMPLES = 5
 ORDERS = {"first": None, "removal": UNLEARN, "damage": "retain"}
-"""The orders of samples, and the risk whose effect, most negative first, decides them."""
+"""The orders of samples, and the risk whose effect orders them, the most negative first."""
 
 N_STRONGEST, LEAST = 4, -0.005
-"""How many tokens are named as the strongest, and which share, in whole percent, is none."""
+"""The most tokens that are named as the strongest, and the share above which none is named."""
 
 STEP_NOTE = "A descent step of size lr changes a risk by -lr·e."
 
@@ -277,7 +277,7 @@ def _samples(
 def _named(effect: xr.DataArray, rows: Sequence[int | str]) -> list[int]:
     sets, numbers = _sets(effect), effect["sample"].values
     if not rows:
-        raise InputError("rows: there is none; give row numbers such as 3,7")
+        raise InputError("rows: no row is named; give row numbers such as 3,7")
     return [_place(row, sets, numbers) for row in rows]
 
 
@@ -313,11 +313,14 @@ def meaning(risk: str) -> tuple[str, str]:
     """Words for what an effect below zero does, and for what one above zero does."""
     if risk == UNLEARN:
         return "removes (wanted)", "reinforces"
-    what = "retention" if risk == "retain" else risk
-    return f"costs {what}", f"helps {what}"
+    return f"costs {_kept(risk)}", f"helps {_kept(risk)}"
 
 
 def top_words(risk: str) -> str:
     """Words for what the tokens of most negative effect do."""
-    below = meaning(risk)[0]
-    return "remove most" if risk == UNLEARN else f"{below.replace('costs', 'cost', 1)} most"
+    return "remove most" if risk == UNLEARN else f"cost {_kept(risk)} most"
+
+
+def _kept(risk: str) -> str:
+    """The name of what an effect on a risk costs or helps."""
+    return "retention" if risk == "retain" else risk

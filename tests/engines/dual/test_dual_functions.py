@@ -153,11 +153,12 @@ def _through_a_view(y):
 
 
 CONSTANT_TO_VMAP = {"constants", "no gradient"}
-"""Which forward mode by itself would differentiate."""
+"""Functions whose constants forward mode by itself would differentiate."""
 
 
 WRITES = {"clone", "in place", "into a part", "through a view"}
-"""Into stacks: what lies apart may be a parameter's memory, or shared."""
+"""Functions that write, tested on stacks only: memory of separate tensors may be a parameter's, or
+shared."""
 
 
 @pytest.mark.parametrize("name", [n for n in ONE if n not in CONSTANT_TO_VMAP])
@@ -261,7 +262,7 @@ def test_refused(name):
         REFUSED[name](stacked(noise(2, 3, 4), noise(M, 2, 3, 4)))
 
 
-def test_a_view_of_what_lies_apart_is_not_written_to():
+def test_writing_to_a_dual_of_separate_tensors_is_refused():
     """A dual of separate tensors refuses writes: its value may be a parameter's own memory."""
     x, v = noise(2, 3), noise(M, 2, 3)
     with DualPass():

@@ -14,7 +14,7 @@ from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import DataPass
 from geffect_fast.engines.dual.attention import SHORTEST
 from geffect_fast.engines.dual.model import DualModel
-from geffect_fast.engines.forward import forward_effects, moves_for
+from geffect_fast.engines.forward import forward_effects, parameter_passes_for
 from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.reference import Reference
 from geffect_fast.objectives import resolve
@@ -23,11 +23,11 @@ FAMILIES = (
     *("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"),
     *("phi", "phi3", "gpt2", "gpt_neox"),
 )
-"""Those that make up most of the use: grouped heads, biases, tied embeddings, windows, softcaps,
-norms of queries and keys, rotation of a part, residuals side by side, fused projections."""
+"""The families that are used most. They have grouped heads, biases, tied embeddings, windows,
+softcaps, norms of queries and keys, partial rotation, parallel residuals and fused projections."""
 
 LENGTHS = (120, 12, 70, 7, 7, 5)
-"""Three groups, two of them padded."""
+"""Lengths that form three groups, two of them padded."""
 
 
 def batch_of(layout, lengths=LENGTHS):
@@ -205,7 +205,7 @@ def test_effects_of_an_objective_cost_few_calls_more():
             1,
             Reference(),
             lambda *found: kept.append(found[2]),
-            moves=moves_for(plan, [0] * n, 2),
+            parameter_passes=parameter_passes_for(plan, [0] * n, 2),
             per_token=True,
             tick=lambda _: None,
         )

@@ -19,7 +19,7 @@ quick = settings(deadline=None, max_examples=25)
 sizes = st.integers(1, 5)
 seeds = st.integers(0, 1000)
 blocks = st.sampled_from([1, 7, 2**22])
-"""From a row at a time to all rows at once."""
+"""Sizes of blocks, from one row at a time to all rows at once."""
 
 
 def noise(*shape, seed=0):

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 
 import pytest
 from control_models import ASKED, FORGET, RETAIN, ROWS, adapter_on
-from memorised import blank_model, fitted
+from memorised import blank_model, fitted, tokenizer_of
 
 import geffect_fast as gf
 from geffect_fast.data import write_jsonl
-from geffect_fast.demo import save, train_tokenizer
+from geffect_fast.demo import save
 from geffect_fast.measure.models import load_model
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
+    return tokenizer_of(ROWS)
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +62,8 @@ def study(tmp_path_factory, original, unlearned, gentler, tokenizer):
 
 
 @pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    folder = shutil.copytree(study, tmp_path / "here")
-    file = folder / "adapter/adapter_config.json"
-    changed = {"base_model_name_or_path": str(folder / "original")}
+def here(here):
+    file = here / "adapter/adapter_config.json"
+    changed = {"base_model_name_or_path": str(here / "original")}
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
-    monkeypatch.chdir(folder)
-    return folder
+    return here

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ from control_models import (
     retention,
 )
 from evaluated import losses
+from loaded_models import watch_models
+from report_views import text_of
 
 import geffect_fast as gf
 from geffect_fast.cli import main
@@ -45,7 +48,7 @@ CURVES = {
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("tolerance", [0.05, 1e-3])
 @pytest.mark.parametrize("name", CURVES)
-def test_the_share_is_the_best_point_of_a_fine_grid(name, tolerance, tau):
+def test_the_alpha_is_the_best_point_of_a_fine_grid(name, tolerance, tau):
     kept = CURVES[name]
     found = largest_alpha(kept, tau, 40, tolerance)
     fine = [k / 20_000 for k in range(20_001)]
@@ -60,7 +63,7 @@ def test_the_share_is_the_best_point_of_a_fine_grid(name, tolerance, tau):
     assert found.monotone == (name != "rises again")
 
 
-def test_each_share_is_measured_once_and_no_more_than_needed():
+def test_each_alpha_is_measured_once_and_no_more_than_needed():
     asked = []
 
     def kept(alpha):
@@ -210,6 +213,14 @@ def test_the_same_call_gives_the_same_bits(original, unlearned, gentler, tokeniz
 # ---- the command ----
 
 
+def test_one_unlearned_model_is_in_memory_at_a_time(here, monkeypatch):
+    models = watch_models(monkeypatch, kept=1)
+    shutil.copytree("ascent", "again")
+    command = [*COMMAND, "--unlearned", "ascent", "again", "--forget", "forget.jsonl"]
+    assert main([*command, "--grid", "2", "--tolerance", "0.5", "--out", "run", "--quiet"]) == 0
+    assert len(models) == 3
+
+
 @pytest.mark.usefixtures("drawn")
 def test_from_folders_to_a_run_that_replays(here, capsys, original, unlearned):
     before = snapshot(here)
@@ -244,7 +255,7 @@ def test_from_folders_to_a_run_that_replays(here, capsys, original, unlearned):
     assert main(["control", "--config", "run/run.yaml", "--out", "run", "--quiet"]) == 2
     assert "already holds evaluation.nc" in capsys.readouterr().err
     assert main(["evaluate", "--config", "run/run.yaml", "--out", "other", "--quiet"]) == 2
-    assert "is of a control; use geffect-fast control" in capsys.readouterr().err
+    assert "is of a run of control; use geffect-fast control" in capsys.readouterr().err
     assert main(["show", "run"]) == 0
     assert "share kept of each method" in capsys.readouterr().out
     table = pd.read_csv(here / "run/summary.csv", keep_default_na=False)
@@ -270,8 +281,6 @@ def load_tokenizer_of(folder):
 
 
 def test_a_curve_that_rises_is_told(result):
-    from rich.console import Console
-
     from geffect_fast.report.summary.measures import rises
     from geffect_fast.report.tables.measures import render_control
 
@@ -282,6 +291,4 @@ def test_a_curve_that_rises_is_told(result):
     (line,) = rises(wrong)
     assert line.startswith("ascent: retention is not monotone along the share (it rises by")
     assert "from 0.625 to 0.75" in line
-    console = Console(width=140, record=True)
-    console.print(render_control(wrong))
-    assert "not monotone" in console.export_text()
+    assert "not monotone" in text_of(render_control(wrong), 140)

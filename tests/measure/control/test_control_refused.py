@@ -78,7 +78,7 @@ REFUSED = {
     "tolerance 0": (bad_call(tolerance=0), "tolerance"),
     "no grid": (bad_call(grid=0), "grid"),
     "a loss": (bad_call(metric="nll"), "metric nll: retention needs a metric between 0 and 1"),
-    "several": (bad_call(metric="nll,probability"), "is several"),
+    "several": (bad_call(metric="nll,probability"), "names several metrics"),
     "unknown metric": (bad_call(metric="probabilty"), "'probability'"),
     "membership": (bad_call(metric="min_k"), "no number on retain"),
     "no perturbed answers": (
@@ -131,7 +131,7 @@ REFUSED = {
     "utility without probes": (bad_call(metric="model_utility"), "--probe real_authors"),
     "a whole model and an adapter": (
         lambda o, u, t: bad_call(original=adapter_on(o))(o, u, t),
-        "merge that into its base",
+        "merge the adapter into its base",
     ),
     "an adapter that adds nothing": (
         lambda o, u, t: bad_call(

@@ -134,8 +134,8 @@ REFUSED = {
     "called original": (renamed, ["study"], "rename its folder"),
     "one run": (lambda _: None, ["study/a"], "give two or more"),
     "a run twice": (lambda _: None, ["study/a", "study/a"], "listed twice"),
-    "a folder of no runs": (lambda folder: (folder / "no").mkdir(), ["no"], "holds none"),
-    "models as well": (lambda _: None, ["study", "--models", "known"], "both are given"),
+    "a folder of no runs": (lambda folder: (folder / "no").mkdir(), ["no"], "holds no runs"),
+    "models as well": (lambda _: None, ["study", "--models", "known"], "give exactly one of"),
 }
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import weakref
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from loaded_models import watch_models
 
 import geffect_fast as gf
 from geffect_fast.cli import main
 from geffect_fast.data import write_jsonl
 from geffect_fast.demo import save
 from geffect_fast.errors import InputError
-from geffect_fast.measure.models import load_model
 from geffect_fast.metrics import SUITES
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -33,13 +31,6 @@ def study(tmp_path_factory, model, retrained, tokenizer, sets):
         write_jsonl(sets[name], folder / f"{name}.jsonl")
     for name, rows in sets["probes"].items():
         write_jsonl(rows, folder / f"{name}.jsonl")
-    return folder
-
-
-@pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    folder = shutil.copytree(study, tmp_path / "here")
-    monkeypatch.chdir(folder)
     return folder
 
 
@@ -137,20 +128,11 @@ def test_a_report_that_fails_costs_no_number(here, capsys, monkeypatch):
 
 
 def test_one_model_is_in_memory_at_a_time(here, monkeypatch):
-    alive = []
-
-    def loaded(*args, **kwargs):
-        gc.collect()
-        assert all(each() is None for each in alive)
-        found = load_model(*args, **kwargs)
-        alive.append(weakref.ref(found))
-        return found
-
-    monkeypatch.setattr("geffect_fast.measure.by_config.load_model", loaded)
+    models = watch_models(monkeypatch)
     shutil.copytree("known", "third")
     command = ["evaluate", "--models", "known", "retrained", "third", *DATA, "--metrics", "nll"]
     assert main([*command, "--out", "run", "--quiet"]) == 0
-    assert len(alive) == 3
+    assert len(models) == 3
     found = gf.open_evaluation("run").value
     np.testing.assert_array_equal(found.sel(model="third"), found.sel(model="known"))
 

@@ -306,7 +306,7 @@ def test_command_of_two_models(
     ("changes", "said"),
     [
         ({"lm_eval_tasks": "invented_autors"}, "unknown 'invented_autors'; did you mean 'invented"),
-        ({"lm_eval_tasks": "xyzzy-xyzzy-xyzzy"}, "`lm_eval ls tasks` lists those"),
+        ({"lm_eval_tasks": "xyzzy-xyzzy-xyzzy"}, "`lm_eval ls tasks` lists all tasks"),
         ({"lm_eval_tasks": "authors_without_data"}, "the data of authors_without_data cannot be"),
         ({"lm_eval_tasks": "authors_at_odds"}, "authors_at_odds cannot be "),
         ({"tokenizer": None}, "the model needs a tokenizer"),

@@ -153,7 +153,7 @@ def test_from_which_step_on_it_costs_more_than_it_removes(e_u, e_r, says):
 
 
 TURN = 2 * np.array([0.213, 0.715, 0.072]) - np.eye(3)
-"""hue-rotate(180deg) of CSS on red, green and blue (Filter Effects, 8.5)."""
+"""The matrix of CSS's hue-rotate(180deg) on red, green and blue (Filter Effects, 8.5)."""
 
 
 INVERT = 0.92

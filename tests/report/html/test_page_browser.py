@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from chromium import NAMES, Browser, installed
+from chromium import NAMES, installed
 from html_tree import Page, find
 from measured import KINDS, measured
 from step_results import step_dataset
@@ -24,12 +24,6 @@ pytestmark = [
 ]
 SCRIPT = Path(__file__).with_name("page_check.js").read_text(encoding="utf-8")
 PAGES = ("profile", "steps", "comparison", *KINDS)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +161,7 @@ body {{ background: url({0}ground); font-family: f }}</style>
 <video poster="{0}poster" src="{0}video" autoplay></video><base href="{0}">
 <svg><image href="{0}image"/><use href="{0}use#x"/></svg><p style="background: url({0}style)">x</p>
 <form action="{0}form" id="sent"></form>"""
-"""What somebody who found a way around the escaping of text would put in a page."""
+"""Markup that an attacker would put in a page if the escaping of text had a hole."""
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chromium import NAMES, Browser, installed
+from chromium import NAMES, installed
 from matplotlib.image import imread
 from synthetic import OBJECTIVES, make_dataset
 
@@ -52,12 +52,6 @@ def shown():
     tokens = shows.tokens(samples=2)._repr_html_().replace("<details", "<details open")
     figure = shows.plot.layers()._repr_html_()
     return shows._repr_html_() + figure + tokens + shows.report()._repr_html_()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("name", AROUND)

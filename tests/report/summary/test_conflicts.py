@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from models import build, samples
-from rich.console import Console
+from report_views import text_of
 
 import geffect_fast as gf
 from geffect_fast.report.html.page import page_html
@@ -56,9 +56,7 @@ def test_to_ascend_on_what_is_retained_opposes_it_everywhere():
 @pytest.mark.parametrize("resolve", [("parameter",), ()])
 def test_they_are_printed_and_on_the_page(resolve):
     measured, plain = result(resolve), result(resolve, conflicts=False)
-    console = Console(record=True, width=200)
-    console.print(render_profile(measured))
-    printed, page = console.export_text(), page_html({"run": measured})
+    printed, page = text_of(render_profile(measured), 200), page_html({"run": measured})
     shares = Conflicts.of(measured)
     for text in (printed, page):
         assert "whose sign opposes the retain risk" in " ".join(text.split()) and FISHER in text
@@ -115,11 +113,10 @@ def test_places_are_weighed_by_size_and_rows_named_by_their_tokens(monkeypatch):
 def test_places_are_printed_and_on_the_page(resolve):
     measured = result(resolve)
     found = PlaceConflicts.of(measured)
-    console = Console(record=True, width=200)
-    console.print(tables_and_sentences(measured)[0])
+    printed = text_of(tables_and_sentences(measured)[0], 200)
     page = page_html({"run": measured})
     assert bool(found.rows) == ("sample" in resolve)
-    for text in (console.export_text(), page):
+    for text in (printed, page):
         assert all(span in text for span in found.spans) and "Conflict by position" in text
         assert all(words in text for _, _, words in found.rows)
         assert ("Forget rows with most conflict" in text) == bool(found.rows)

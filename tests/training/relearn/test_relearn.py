@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import math
 import warnings
@@ -14,6 +13,7 @@ import pytest
 import torch
 import xarray as xr
 from relearn_rows import ASKED, FORGET, OTHERS, PUBLISHED, ROWS
+from report_views import text_of
 
 import geffect_fast as gf
 from geffect_fast.data import tokenize_rows
@@ -298,14 +298,10 @@ def test_a_suite_is_measured_without_what_needs_other_data(unlearned, retrained,
 
 
 def test_the_note_says_what_is_shown_alone(result, unlearned, tokenizer):
-    from rich.console import Console
-
     from geffect_fast.report.tables.measures import render_relearning
 
     def printed(dataset):
-        console = Console(width=400, record=True, file=io.StringIO())
-        console.print(render_relearning(dataset))
-        return console.export_text()
+        return text_of(render_relearning(dataset), 400)
 
     shown = printed(result)
     assert "others: the forget rows" in shown and "the retrained model" in shown

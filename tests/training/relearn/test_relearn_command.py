@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 import yaml
 from bad_input.case import snapshot
+from loaded_models import watch_models
 from relearn_rows import ASKED, FORGET, OTHERS, PUBLISHED
 
 import geffect_fast as gf
@@ -43,6 +44,14 @@ def here(tmp_path, monkeypatch, saved):
 
 COMMAND = ["relearn", "--model", "unlearned", "--forget", "forget.jsonl", "--rows", "2"]
 COMMAND += ["--steps", "5", "--measure-every", "2", "--lr", "3e-3"]
+
+
+def test_one_model_is_in_memory_at_a_time(here, monkeypatch):
+    models = watch_models(monkeypatch)
+    shutil.copytree("unlearned", "original")
+    command = [*COMMAND, "--retrained", "retrained", "--original", "original", "--metrics", "nll"]
+    assert main([*command, "--out", "run", "--quiet"]) == 0
+    assert len(models) == 3
 
 
 def test_from_folders_to_a_run_that_replays(here, capsys, result, undrawn):

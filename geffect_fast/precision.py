@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 COARSEST_FIRST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""By what a precision holds: fp16 rounds less than bf16, and has the shorter range."""
+"""Precisions by their range, the shortest first: fp16 rounds less than bf16, but its range is
+shorter."""
 
 
 def precisions(model: nn.Module) -> set[torch.dtype]:
