@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import is_sharded
+from geffect_fast.capture.compat import is_sharded, own_part
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.batches import DataPass, each_batch
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention
@@ -55,13 +55,17 @@ class Reference:
     def is_computed_by(
         self, model: nn.Module, passes: Sequence[DataPass], device: torch.device
     ) -> bool:
-        """Whether `model` gives the reference's outputs, bit by bit, wherever `passes` need them.
+        """Whether `model` gives the reference's outputs wherever `passes` need them.
+
+        Outputs are compared bit by bit. Where they differ by no more than rounding, the weights
+        are: weights that are not aligned in memory, as those of a file, may round differently.
 
         False where the reference has no model of its own. The comparison ends at the first batch
         with a difference, except for ranks that keep step. Call this before `prepare`, which may
         release the reference's model.
         """
         equal, in_step = True, is_sharded(model)
+        same_weights: bool | None = None
         if self.model is None:
             return False
         for data_pass, attempt in each_batch(t for t in passes if t.needs & REFERENCE_NEEDS):
@@ -71,7 +75,11 @@ class Reference:
                 for each in (self.model, model):
                     with packed_attention(each, batch):
                         said.append(model_outputs(each, batch, data_pass.needs & REFERENCE_NEEDS))
-                equal = equal and _equal(*said)
+                if equal and not _differ_by(0, *said):
+                    continue
+                if same_weights is None:
+                    same_weights = _same_weights(self.model, model)
+                equal = equal and same_weights and not _differ_by(_ROUNDING, *said)
                 if not equal and not in_step:
                     return False
         return equal
@@ -113,16 +121,39 @@ class Reference:
         )
 
 
-def _equal(one: Outputs, other: Outputs) -> bool:
-    """Whether the outputs of two models are equal, bit by bit."""
+_ROUNDING = 16
+"""Units in the last place, of the largest output, that the same weights may differ by."""
+
+
+def _differ_by(units: int, one: Outputs, other: Outputs) -> bool:
+    """Whether outputs of two models differ by more than some units in the last place."""
     pairs = [(one.token_logprob, other.token_logprob)]
     if one.logits is not None and other.logits is not None:
         pairs.append((one.logits, other.logits))
     own, others = one.hidden_states or (), other.hidden_states or ()
     if len(own) != len(others):
-        return False
+        return True
     pairs += zip(own, others, strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    if not units:
+        return not all(torch.equal(a, b) for a, b in pairs)
+    return any(
+        a.shape != b.shape
+        or bool((a - b).abs().max() > units * torch.finfo(a.dtype).eps * a.abs().max())
+        for a, b in pairs
+    )
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models are of one class, with parameters and buffers of equal values."""
+    own, others = (dict((*m.named_parameters(), *m.named_buffers())) for m in (one, other))
+    if type(one) is not type(other) or own.keys() != others.keys():
+        return False
+    for name, x in own.items():
+        x, y = own_part(x), own_part(others[name])
+        dtype = torch.promote_types(x.dtype, y.dtype)  # a loaded model's frequencies are fp32
+        if not torch.equal(x.to(dtype), y.to(dtype)):
+            return False
+    return True
 
 
 def _places(data_pass: DataPass, batch: Batch) -> list[tuple[str, tuple[Role, ...], int]]:

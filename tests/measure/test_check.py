@@ -236,7 +236,7 @@ class Opaque(Routed):
         self.scale = ScaleInABox()
 
     def forward(self, input_ids, position_ids=None):
-        return self.scale(super().forward(input_ids)).content
+        return self.scale(super().forward(input_ids).logits).content
 
 
 class ScaleInABox(nn.Module):
