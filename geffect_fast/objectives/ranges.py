@@ -108,6 +108,6 @@ def _members(text: str, family: RangedSum, free: int) -> Sweep:
 
 def _too_many(text: str) -> InputError:
     return InputError(
-        f"objectives: {short(text)} brings their number above {MAX_OBJECTIVES}; "
+        f"objectives: {short(text)} brings the number of objectives above {MAX_OBJECTIVES}; "
         "use fewer values in each range"
     )

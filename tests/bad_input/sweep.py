@@ -66,12 +66,19 @@ CASES = [
     Case("code in a range", of(f"npo(beta=0.1:{CODE}:3)"), "unexpected '__import__'", "a number"),
     Case("ranges in a risk", sweep(risk="wga(1:2:2)"), "--risk: range 1:2:2", "give one value"),
     # ---- the number of objectives ----
-    Case("too many values", of("wga(1:2:10001)"), "with 'wga(1:2:10001)'", "more than 10000"),
     Case(
-        "too large a grid", of("wtnpo(1:2:101,1:2:100)"), "more than 10000", "fewer values a range"
+        "too many values", of("wga(1:2:10001)"), "'wga(1:2:10001)' brings", "above 10000; use fewer"
     ),
-    Case("too many in all", of("wga(0:1:9999),ga,npo"), "with 'npo'", "more than 10000"),
-    Case("a count beyond numbers", of("wga(1:2:9e99)"), "'wga(1:2:9e99)'", "more than 10000"),
+    Case(
+        "too large a grid",
+        of("wtnpo(1:2:101,1:2:100)"),
+        "above 10000",
+        "fewer values in each range",
+    ),
+    Case("too many in all", of("wga(0:1:9999),ga,npo"), "'npo' brings", "above 10000; use fewer"),
+    Case(
+        "a count beyond numbers", of("wga(1:2:9e99)"), "'wga(1:2:9e99)'", "above 10000; use fewer"
+    ),
     Case("a sweep of nothing", of(""), "objective string '' is empty", "write a name"),
     Case("no sweep at all", sweep(objectives=None), "--objectives is missing", "give it"),
     Case(

@@ -164,7 +164,7 @@ def test_values_are_evenly_spaced_between_the_ends(a, b, count, log):
 def test_ten_thousand_objectives_are_the_most():
     assert len(expand(f"wga(0:1:{MAX_OBJECTIVES})").members) == MAX_OBJECTIVES
     for text in ("wga(0:1:10001)", "wtnpo(1:2:101, 0:1:100)", "wga(0:1:10000),ga", "wga(0:1:9e99)"):
-        with pytest.raises(InputError, match="brings their number above 10000"):
+        with pytest.raises(InputError, match="brings the number of objectives above 10000"):
             expand_list(text)
 
 

@@ -71,7 +71,8 @@ def test_reverse_mode_is_refused(op: str, provider: str) -> None:
     with pytest.raises(InputError, match=f"^{op}: .*requires grad.*no_grad"):
         function(*args)
     with torch.no_grad():
-        assert torch.equal(function(*args), function(*sample.args))
+        # The clone may lie otherwise in memory, and round otherwise.
+        torch.testing.assert_close(function(*args), function(*sample.args))
 
 
 def _first_requires_grad(arg: object) -> object:

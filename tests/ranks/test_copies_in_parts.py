@@ -54,7 +54,10 @@ def on_two_hosts(study, out):
         with pytest.raises(InputError) as error, ranks.here().together("mesh"):
             mesh_over(ranks.here(), torch.device("cpu"), by_host=True)
         patch.setenv("LOCAL_WORLD_SIZE", "3")
-        with pytest.raises(InputError, match="of 4 they have 3"), ranks.here().together("mesh"):
+        with (
+            pytest.raises(InputError, match="4 ranks, and LOCAL_WORLD_SIZE is 3"),
+            ranks.here().together("mesh"),
+        ):
             mesh_over(ranks.here(), torch.device("cpu"), by_host=True)
     return found, meshes, str(error.value)
 
