@@ -117,16 +117,14 @@ class Explicit:
     """`grad_i = vjp(i)`, one sample at a time, of the parameter's own shape.
 
     Attributes:
-        vjp: gives the gradient of one sample.
-        whole: gives the sum of all samples' gradients, in one vjp.
+        vjp: gives the gradient of one sample; for None the sum of all samples' gradients, at once.
         jvp: gives the tangents of the module's outputs along a direction of the parameter's shape;
             None where the module has no forward-mode derivative. `<grad_i, V>` is the sum of
             `tangent * g` over the rows of sample `i`, so one jvp serves all samples.
         n_samples: number of samples.
     """
 
-    vjp: Callable[[int], Tensor]
-    whole: Callable[[], Tensor]
+    vjp: Callable[[int | None], Tensor]
     jvp: Callable[[Tensor], list[Tangent] | None]
     n_samples: int
 

@@ -86,7 +86,7 @@ class GenericCall(Call):
         groups = _in_groups([leaf.numel() for leaf in leaves.values()], n)
         formed: dict[tuple[str, int | None], Tensor] = {}
 
-        def vjp(local: str, group: list[str], i: int | None = None) -> Tensor:
+        def vjp(local: str, group: list[str], i: int | None) -> Tensor:
             """One parameter's gradient of sample `i`; for None that of all samples together.
 
             Those of other parameters and samples that the same backwards give are kept until
@@ -125,8 +125,10 @@ class GenericCall(Call):
 
         for group in ([names[k] for k in each] for each in groups):
             for local in group:
-                one = partial(vjp, local, group)
-                yield self.names[local], Explicit(one, one, partial(jvp, local), n)
+                yield (
+                    self.names[local],
+                    Explicit(partial(vjp, local, group), partial(jvp, local), n),
+                )
 
     def _tangents(
         self, leaves: dict[str, Tensor], local: str, direction: Tensor

@@ -1,10 +1,14 @@
-"""Keys of functions and models, which tell apart all that may change what they compute."""
+"""Keys of functions and models, which tell apart all that may change what they compute.
+
+Facts that recordings find out about a model are remembered by them (`Learned`).
+"""
 
 from __future__ import annotations
 
 import dis
 from collections import UserDict
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -16,8 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.attribution import ANY
+from geffect_fast.capture.layer_rules import Call
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device)
 _PLAIN_TYPES = frozenset(_PLAIN)
+
+_MOST_KEYS = 16
+"""Keys that a model remembers, the last ones: a loss function that is new at each step has new
+ones."""
 
 
 def function_key(function: Callable[..., Any]) -> Hashable:
@@ -196,3 +207,32 @@ def _setting(x: Any) -> Hashable:
     if isinstance(x, list | tuple | set):
         return tuple(map(_setting, sorted(x, key=str) if isinstance(x, set) else x))
     return function_key(x) if callable(x) else repr(type(x))
+
+
+@dataclass
+class Learned:
+    """Facts about a model that recordings have found out, kept for as long as the model exists.
+
+    Attributes:
+        called_again: names of modules that a forward calls more than once.
+        served: the rules of the calls that each parameter took part in, by its name.
+    """
+
+    called_again: set[str] = field(default_factory=set)
+    served: dict[str, dict[type[Call], None]] = field(default_factory=dict)
+    _shown: dict[Hashable, set[Hashable]] = field(default_factory=dict)
+
+    def is_shown(self, key: Hashable, structure: Hashable) -> bool:
+        """Whether rows were shown to belong to their samples.
+
+        Args:
+            key: the key of the loss function and of the model, see `function_key`, `model_key`.
+            structure: the structure of calls, see `Recorder.structure`.
+        """
+        return not self._shown.get(key, set()).isdisjoint((structure, ANY))
+
+    def note_shown(self, key: Hashable, structure: Hashable) -> None:
+        """Note that rows were shown to belong to their samples; `structure` may be `ANY`."""
+        self._shown[key] = self._shown.pop(key, set()) | {structure}
+        while len(self._shown) > _MOST_KEYS:
+            del self._shown[next(iter(self._shown))]

@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.compat import (
     check_adapters,
     check_is_model,
@@ -23,6 +22,7 @@ from geffect_fast.capture.compat import (
     unwrapped,
 )
 from geffect_fast.capture.generic_rule import GenericCall
+from geffect_fast.capture.keys import Learned
 from geffect_fast.capture.layer_rules import Call, NormCall, qualified
 from geffect_fast.capture.probing import likeness
 from geffect_fast.capture.shards import Shards
@@ -69,40 +69,6 @@ class Coverage:
     def attributes(self) -> dict[str, int | str]:
         """The counts as attributes of a result."""
         return vars(self) | {"tied": json.dumps(self.tied)}
-
-
-@dataclass
-class Learned:
-    """Facts about a model that recordings have found out, kept for as long as the model exists.
-
-    Attributes:
-        called_again: names of modules that a forward calls more than once.
-        served: the rules of the calls that each parameter took part in, by its name.
-    """
-
-    called_again: set[str] = field(default_factory=set)
-    served: dict[str, dict[type[Call], None]] = field(default_factory=dict)
-    _shown: dict[Hashable, set[Hashable]] = field(default_factory=dict)
-
-    def is_shown(self, key: Hashable, structure: Hashable) -> bool:
-        """Whether rows were shown to belong to their samples.
-
-        Args:
-            key: the key of the loss function and of the model, see `keys`.
-            structure: the structure of calls, see `Recorder.structure`.
-        """
-        return not self._shown.get(key, set()).isdisjoint((structure, ANY))
-
-    def note_shown(self, key: Hashable, structure: Hashable) -> None:
-        """Note that rows were shown to belong to their samples; `structure` may be `ANY`."""
-        self._shown[key] = self._shown.pop(key, set()) | {structure}
-        while len(self._shown) > _MOST_KEYS:
-            del self._shown[next(iter(self._shown))]
-
-
-_MOST_KEYS = 16
-"""Keys that a model remembers, the last ones: a loss function that is new at each step has new
-ones."""
 
 
 _LEARNED: WeakKeyDictionary[nn.Module, Learned] = WeakKeyDictionary()

@@ -165,7 +165,7 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
     The sum of the products over samples must be the product with the whole gradient, which one vjp
     gives. This shows modules without forward mode and modules that silently drop a tangent.
     """
-    whole = factor.whole()
+    whole = factor.vjp(None)
     if direction.dtype != whole.dtype:
         return None  # for a bf16 module an fp32 direction would have to be rounded, and lose digits
     scores, sizes = [], []

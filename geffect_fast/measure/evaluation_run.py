@@ -112,7 +112,14 @@ class EvaluationFolder:
         replay = config.model_copy(update={**chosen, "rows": rows, **where})
         read = inputs_of(config) | dict(self.inputs)
         save_run(
-            *(self.out, dataset, replay, self.overwrite, self.report, read, sums), file=EVALUATION
+            self.out,
+            dataset,
+            replay,
+            self.overwrite,
+            self.report,
+            read,
+            sums,
+            file=EVALUATION,
         )
 
     def machine(self, on: device, model: nn.Module) -> dict[str, Any]:

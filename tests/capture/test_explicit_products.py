@@ -80,6 +80,18 @@ PRODUCTS = {
 }
 
 
+def watched_factor(factor):
+    """The same factor, and a list of the samples whose gradients are asked for one by one."""
+    asked = []
+
+    def vjp(i):
+        if i is not None:
+            asked.append(i)
+        return factor.vjp(i)
+
+    return Explicit(vjp, factor.jvp, factor.n_samples), asked
+
+
 def explicit_factor(model: nn.Module, x: Tensor, per_token: bool) -> Explicit:
     plan = Plan.of(model)
     found = {}
@@ -103,10 +115,7 @@ def test_equals_a_vjp_a_sample(name, per_token, monkeypatch):
     n = N * T if per_token else N
     assert factor.n_samples == n
     expected = torch.stack([directions @ factor.vjp(i) for i in range(n)], dim=1)
-    asked = []
-    watched = Explicit(
-        lambda i: asked.append(i) or factor.vjp(i), factor.whole, factor.jvp, factor.n_samples
-    )
+    watched, asked = watched_factor(factor)
     torch.testing.assert_close(inner(watched, directions), expected, rtol=1e-10, atol=1e-12)
     assert asked == ([] if moves else list(range(n)))
     # With as many directions as samples, vjps are not dearer.
@@ -177,10 +186,7 @@ def test_half_precision_keeps_wide_directions():
     torch.manual_seed(0)
     model = Model(PRODUCTS["jvp"][0]).bfloat16().eval()
     factor = explicit_factor(model, torch.randn(N, T, D, dtype=torch.bfloat16), False)
-    asked = []
-    watched = Explicit(
-        lambda i: asked.append(i) or factor.vjp(i), factor.whole, factor.jvp, factor.n_samples
-    )
+    watched, asked = watched_factor(factor)
     inner(watched, torch.randn(2, D))
     assert asked == list(range(N))
 
