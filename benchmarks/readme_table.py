@@ -22,8 +22,6 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{p}.md" for p in ("speed", "ins
 RESULTS = Path(__file__).parent / "results"
 GPU_CODE = ("csrc", "geffect_fast/ops", "geffect_fast/capture", "geffect_fast/engines")
 STEP = "training step"
-SPEED_ON_GPU = (("reverse", "1 objective"), ("forward", "21 objectives"))
-"""Engines and objectives of the rows of README's table."""
 SECONDS = ("compute_s", "communication_s", "seconds")
 OF_BEST = "geffect_fast over the best other"
 BEGIN, END = "<!-- {}: benchmarks/readme_table.py -->", "<!-- end of {} -->"
@@ -256,44 +254,24 @@ def gpu_tables(pattern: str, table: Callable[[list[dict[str, str]]], str]) -> st
     return "\n\n".join(found)
 
 
-def speed_table() -> str | None:
-    """README's table: the sweep beside the published algorithm, and GPU profiles in training steps.
-
-    For a GPU, the largest number of samples that were profiled.
-    """
-    cpu = read("sweep_cpu.csv")
-    lines = ["| what | samples | on | time | beside |", "|---|---:|---|---:|---|"]
-    lines += [
-        f"| {r['what']} | {r['samples']} | a CPU, {r['threads']} threads "
-        f"| {float(r['ours_s']):,.1f} s | published: {float(r['baseline_s']):,.0f} s, "
-        f"**{float(r['ratio']):.0f} x** |"
-        for r in cpu
+def speed_table() -> str:
+    """README's table: the sweep beside the published algorithm."""
+    rows = read("sweep_cpu.csv")
+    lines = [
+        f"| {r['what']} | {r['samples']} | {float(r['ours_s']):,.1f} s "
+        f"| {float(r['baseline_s']):,.0f} s | **{float(r['ratio']):.0f} x** |"
+        for r in rows
         if r["baseline"] == "published algorithm"
     ]
-    commits: dict[str, None] = {}
-    for path in sorted(RESULTS.glob("engines_nvidia-*.csv")):
-        rows = [r for r in read(path.name) if r["section"] == "engine" and r["seconds"]]
-        most = max(int(r["samples"]) for r in rows)
-        commits |= dict.fromkeys(r["commit"] for r in rows)
-        lines += [
-            f"| {kind}, 2 risks, by {axes.replace(' x ', ', ')} ({engine} engine) "
-            f"| {most:,} | {r['gpu'].removeprefix('NVIDIA ')} | {float(r['seconds']):,.1f} s "
-            f"| {float(r['of_step']):.1f} training steps |"
-            for r in rows
-            for engine, kind, axes, *more in [r["what"].split(", ")]
-            if int(r["samples"]) == most and not more and (engine, kind) in SPEED_ON_GPU
-        ]
-    said = since(commits)
-    if said is None:
-        return None
-    first = cpu[0]
+    first = rows[0]
     return "\n".join(
         [
+            "| what | samples | ours | published, scaled | |",
+            "|---|---:|---:|---:|---|",
             *lines,
             "",
-            f"CPU: a 27M Llama, {first['cpu']}, torch {first['torch']}, {first['date']}. GPUs: a "
-            "Llama-3.2-1B's shape in bf16; a training step is a forward and backward of the same "
-            f"rows. {said}",
+            f"A 27M Llama, {first['cpu']}, {first['threads']} threads, torch {first['torch']}, "
+            f"{first['date']}.",
         ]
     )
 
